@@ -1,0 +1,31 @@
+"""One bus, as the cycle sees it: write units, receive units with the time of their arrival."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, NamedTuple
+
+from drivers.clock import MonotonicNs
+from drivers.family import W
+
+
+class Received(NamedTuple, Generic[W]):
+    """A unit of the wire and when it arrived (monotonic; the kernel's receive time where it gives one)."""
+
+    unit: W
+    at_ns: MonotonicNs
+
+
+class Bus(ABC, Generic[W]):
+    """An open bus. Every call returns by its deadline; a bus that is gone raises BusError, from any call."""
+
+    @abstractmethod
+    def send(self, units: Sequence[W], deadline: MonotonicNs) -> None:
+        """Write all ``units``. Raises BusError if the bus does not take them by ``deadline``."""
+
+    @abstractmethod
+    def receive(self, deadline: MonotonicNs) -> Received[W] | None:
+        """The next unit, or None at ``deadline``. A passed deadline still returns what has already arrived."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the bus; never raises, may be called twice."""

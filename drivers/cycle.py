@@ -1,0 +1,380 @@
+"""The cycle of one bus: poll every motor that is there, then use what is left of the period for everything else.
+
+    |<--------------------------- period --------------------------->|
+    | drain | poll: one exchange a family | orders, then background  |  (sleep)
+                                            \\__ one exchange at a time, each with a deadline
+
+Background is: connecting motors that are not there, and reading what changes slowly. A motor that keeps silent
+costs the others nothing: the wait for it is bounded (``_allowance``), after ``offline_after_ns`` it leaves the
+poll, and from then on it is looked for in the slack. No reply, no sample: a value is never repeated or invented.
+
+Blocking; knows no processes, no queues to elsewhere. ``BusError`` passes through: whoever opened the bus reopens it.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drivers.bus import Bus
+from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
+from drivers.errors import MotorRefused
+from drivers.family import Exchange, Family, Procedure, W
+from drivers.motor import SAMPLE, SETPOINTS, Kind, Motor, MotorInfo, Order
+from drivers.notices import (
+    AnyNotice,
+    MotorCounts,
+    MotorLate,
+    MotorOffline,
+    MotorOnline,
+    OrderDone,
+    OrderFailed,
+)
+
+REFRESH_NS = SECOND
+RETRY_FIRST_NS = 50 * MS
+RETRY_MOST_NS = 500 * MS
+STEP_LEAST_NS = 1 * MS  # less than this is no time for an exchange
+STARVED_CYCLES = 50  # a bus without slack still looks after its background this often
+ORDERS_PER_MOTOR = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Periods and limits of a bus, nanoseconds."""
+
+    period_ns: int
+    late_after_ns: int = 50 * MS
+    offline_after_ns: int = 300 * MS
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """An order on its way to a motor; not started any more after ``expires_ns`` (monotonic)."""
+
+    number: int
+    motor: int
+    order: Order
+    expires_ns: int
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """What the cycle knows of one motor."""
+
+    motor: Motor
+    family: Family[Any, Any]
+    online: bool = False
+    connecting: bool = False
+    late: bool = False
+    heard_ns: int = 0  # 0: never
+    misses_in_a_row: int = 0
+    polls: int = 0
+    misses: int = 0
+    due_ns: int = 0  # next connect while offline, next refresh while online
+    retry_ns: int = RETRY_FIRST_NS
+
+
+@dataclass(slots=True)
+class _Job:
+    """A procedure under way, one exchange at a time."""
+
+    tracked: _Tracked
+    procedure: Procedure[Any, Any, Any]
+    exchange: Exchange[Any, Any] | None = None  # the next one to perform
+    ticket: Ticket | None = None
+
+
+class Cycle(Generic[W]):
+    """All motors of one bus. ``poll`` once a period, ``work`` with the rest of it, ``take_notices`` when convenient.
+
+    Begins without a bus: ``attach`` one before polling, and another when that one is gone.
+    """
+
+    _bus: Bus[W]
+
+    def __init__(self, families: Sequence[Family[W, Any]], timing: Timing) -> None:
+        self._families: Sequence[Family[W, Any]] = families
+        self._timing = timing
+        self._tracked = {
+            motor.index: _Tracked(motor, family) for family in families for motor in family.motors.values()
+        }
+        self._by_family = [[t for t in self._tracked.values() if t.family is family] for family in families]
+        self._polls: list[Exchange[W, Any] | None] = [None] * len(families)
+        self._typical_ns = [timing.period_ns // 4] * len(families)
+        self._orders: deque[Ticket] = deque()
+        self._order_job: _Job | None = None
+        self._background: deque[_Job] = deque()
+        self._starved = 0
+        self._notices: list[AnyNotice] = []
+        self.strays = 0
+
+    # -- what the owner calls ------------------------------------------------------------------------------------
+
+    def attach(self, bus: Bus[W]) -> None:
+        """Work on ``bus`` from now on; every motor has to be found anew."""
+        self._bus = bus
+        for family in self._families:
+            family.reset()
+
+    def poll(self, start: MonotonicNs) -> NDArray[np.void]:
+        """Ask every motor that is online; its samples, dtype SAMPLE, one a motor at most."""
+        end = after(start, self._timing.period_ns - STEP_LEAST_NS // 2)
+        self._drain()
+        rows: list[tuple[Any, ...]] = []
+        for number, (family, tracked) in enumerate(zip(self._families, self._by_family, strict=True)):
+            if exchange := self._polls[number] or self._new_poll(number, family, tracked):
+                rows += self._poll_family(number, family, exchange, tracked, end)
+        return np.array(rows, dtype=SAMPLE)
+
+    def work(self, until: MonotonicNs) -> None:
+        """Perform exchanges of orders and background until ``until``, or until there is nothing to do."""
+        self._plan_background()
+        while self._step_order(until) or self._step_background(until):
+            pass
+
+    def submit(self, ticket: Ticket) -> None:
+        """Queue an order. Whatever becomes of it, exactly one OrderDone or OrderFailed follows.
+
+        A setpoint, or what ends a motion, takes the place of setpoints of its motor that still wait.
+        """
+        if ticket.order.kind in SETPOINTS | {Kind.STOP, Kind.DISABLE}:
+            for older in [t for t in self._orders if t.motor == ticket.motor and t.order.kind in SETPOINTS]:
+                self._orders.remove(older)
+                self._fail(older, "newer_command", "overtaken before the bus got to it")
+        waiting = [t for t in self._orders if t.motor == ticket.motor]
+        if ticket.motor not in self._tracked:
+            self._fail(ticket, "unknown_motor", f"this bus has no motor {ticket.motor}")
+        elif len(waiting) >= ORDERS_PER_MOTOR:
+            self._fail(ticket, "overloaded", f"{len(waiting)} orders are waiting already")
+        else:
+            self._orders.append(ticket)
+
+    def take_notices(self) -> list[AnyNotice]:
+        """Everything worth telling since the last call."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def counts(self) -> tuple[MotorCounts, ...]:
+        """Polls and misses of each motor."""
+        return tuple(MotorCounts(t.motor.index, t.polls, t.misses) for t in self._tracked.values())
+
+    def give_up(self, reason: str) -> None:
+        """The bus is gone: every motor is offline, every order failed."""
+        for tracked in self._tracked.values():
+            if tracked.online:
+                self._offline(tracked, reason)
+            tracked.connecting = False
+        if self._order_job and self._order_job.ticket:
+            self._fail(self._order_job.ticket, "interrupted", f"{reason}; its effect is unknown")
+        for ticket in self._orders:
+            self._fail(ticket, "motor_offline", reason)
+        self._order_job = None
+        self._orders.clear()
+        self._background.clear()
+
+    # -- polling -------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Drop what arrived outside an exchange: a late reply must not pass for the next one."""
+        late = False
+        while received := self._bus.receive(MonotonicNs(0)):
+            late = True
+            self.strays += sum(1 for family in self._families for _ in family.unpack(received.unit))
+        if late:
+            for family in self._families:
+                family.reset()
+
+    def _new_poll(self, number: int, family: Family[W, Any], tracked: Sequence[_Tracked]) -> Exchange[W, Any] | None:
+        bus_ids = [t.motor.bus_id for t in tracked if t.online]
+        self._polls[number] = family.poll(bus_ids) if bus_ids else None
+        return self._polls[number]
+
+    def _poll_family(
+        self,
+        number: int,
+        family: Family[W, Any],
+        exchange: Exchange[W, Any],
+        tracked: Sequence[_Tracked],
+        end: MonotonicNs,
+    ) -> list[tuple[Any, ...]]:
+        sent_ns = monotonic_ns()
+        deadline = MonotonicNs(min(end, sent_ns + self._allowance(number)))
+        replies = self._perform(family, exchange, deadline)
+        if len(replies) == len(exchange.expects):
+            self._typical_ns[number] += (monotonic_ns() - sent_ns - self._typical_ns[number]) // 16
+        rows = []
+        for one in tracked:
+            if not one.online:
+                continue
+            one.polls += 1
+            reply = replies.get(one.motor.bus_id)
+            if reply is None:
+                self._missed(one)
+                continue
+            feedback, at_ns = reply
+            one.heard_ns, one.misses_in_a_row, one.late = at_ns, 0, False
+            rows.append(
+                (
+                    one.motor.index,
+                    at_ns,
+                    feedback.position_rad,
+                    feedback.velocity_rad_s,
+                    feedback.temperature_c,
+                    feedback.voltage_v,
+                    feedback.current_a,
+                    feedback.torque_nm,
+                    feedback.status,
+                    feedback.vendor_error,
+                    (at_ns - sent_ns) / 1000,
+                )
+            )
+        return rows
+
+    def _allowance(self, number: int) -> int:
+        """How long a poll may wait: half the period, or more where complete polls are seen to take that long."""
+        return max(self._timing.period_ns // 2, 3 * self._typical_ns[number])
+
+    def _missed(self, tracked: _Tracked) -> None:
+        tracked.misses += 1
+        tracked.misses_in_a_row += 1
+        silent_ns = monotonic_ns() - tracked.heard_ns
+        if silent_ns > self._timing.offline_after_ns:
+            self._offline(tracked, f"no reply for {silent_ns / MS:.0f} ms")
+        elif silent_ns > self._timing.late_after_ns and not tracked.late:
+            tracked.late = True
+            self._notices.append(MotorLate(tracked.motor.index, tracked.heard_ns, tracked.misses_in_a_row))
+
+    def _offline(self, tracked: _Tracked, reason: str) -> None:
+        self._notices.append(MotorOffline(tracked.motor.index, tracked.heard_ns, tracked.misses_in_a_row, reason))
+        tracked.online = False
+        tracked.late = False
+        tracked.retry_ns = RETRY_FIRST_NS
+        tracked.due_ns = monotonic_ns() + tracked.retry_ns
+        self._forget_polls()
+
+    def _forget_polls(self) -> None:
+        self._polls = [None] * len(self._families)
+
+    # -- exchanges -----------------------------------------------------------------------------------------------
+
+    def _perform(
+        self, family: Family[W, Any], exchange: Exchange[W, Any], deadline: MonotonicNs
+    ) -> dict[int, tuple[Any, MonotonicNs]]:
+        """One turn on the bus: {bus_id: (value, arrived at)} of the motors that replied in time."""
+        self._bus.send(exchange.requests, deadline)
+        replies: dict[int, tuple[Any, MonotonicNs]] = {}
+        while len(replies) < len(exchange.expects):
+            received = self._bus.receive(deadline)
+            if received is None:
+                break
+            for packet in family.unpack(received.unit):
+                reply = exchange.match(packet)
+                if reply is None or reply[0] not in exchange.expects or reply[0] in replies:
+                    self.strays += 1
+                else:
+                    replies[reply[0]] = (reply[1], received.at_ns)
+        return replies
+
+    def _step(self, job: _Job, deadline: MonotonicNs) -> tuple[bool, Any]:
+        """Perform the job's next exchange. (True, result) when its procedure has ended."""
+        try:
+            if job.exchange is None:
+                job.exchange = next(job.procedure)
+            self._drain()
+            replies = self._perform(job.tracked.family, job.exchange, deadline)
+            job.exchange = job.procedure.send({bus_id: value for bus_id, (value, _) in replies.items()})
+        except StopIteration as end:
+            return True, end.value
+        return False, None
+
+    # -- orders --------------------------------------------------------------------------------------------------
+
+    def _step_order(self, until: MonotonicNs) -> bool:
+        job = self._order_job or self._next_order()
+        if job is None or until - monotonic_ns() < STEP_LEAST_NS:
+            return False
+        ticket = job.ticket
+        assert ticket is not None  # noqa: S101  order jobs are made in _next_order only
+        try:
+            ended, detail = self._step(job, until)
+            if ended:
+                self._notices.append(OrderDone(ticket.number, ticket.motor, detail))
+        except MotorRefused as refusal:
+            ended = True
+            self._fail(ticket, refusal.reason, refusal.detail)
+        if ended:
+            self._order_job = None
+        return True
+
+    def _next_order(self) -> _Job | None:
+        while self._orders:
+            ticket = self._orders.popleft()
+            tracked = self._tracked[ticket.motor]
+            if (over_ns := monotonic_ns() - ticket.expires_ns) > 0:
+                self._fail(ticket, "stale", f"was due {over_ns / MS:.1f} ms before the bus got to it")
+            elif not tracked.online:
+                self._fail(ticket, "motor_offline", f"{tracked.motor.name} does not answer")
+            else:
+                procedure = tracked.family.order(tracked.motor.bus_id, ticket.order)
+                self._order_job = _Job(tracked, procedure, ticket=ticket)
+                return self._order_job
+        return None
+
+    def _fail(self, ticket: Ticket, reason: str, detail: str) -> None:
+        self._notices.append(OrderFailed(ticket.number, ticket.motor, reason, detail))
+
+    # -- background ----------------------------------------------------------------------------------------------
+
+    def _plan_background(self) -> None:
+        now = monotonic_ns()
+        for tracked in self._tracked.values():
+            if tracked.due_ns > now or tracked.connecting:
+                continue
+            bus_id = tracked.motor.bus_id
+            if not tracked.online:
+                tracked.connecting = True
+                self._background.append(_Job(tracked, tracked.family.connect(bus_id)))
+            else:
+                tracked.due_ns = now + REFRESH_NS
+                if procedure := tracked.family.refresh(bus_id):
+                    self._background.append(_Job(tracked, procedure))
+
+    def _step_background(self, until: MonotonicNs) -> bool:
+        if not self._background:
+            self._starved = 0
+            return False
+        if until - monotonic_ns() < STEP_LEAST_NS:
+            self._starved += 1
+            if self._starved < STARVED_CYCLES:
+                return False
+            until = after(monotonic_ns(), 2 * STEP_LEAST_NS)
+        self._starved = 0
+        job = self._background[0]
+        try:
+            ended, result = self._step(job, until)
+        except MotorRefused as refusal:
+            ended, result = True, refusal
+        if ended:
+            self._background.popleft()
+            if job.tracked.connecting:
+                self._connected(job.tracked, result)
+        return True
+
+    def _connected(self, tracked: _Tracked, result: MotorInfo | MotorRefused | None) -> None:
+        now = monotonic_ns()
+        tracked.connecting = False
+        if isinstance(result, MotorInfo):
+            offline_ns = now - tracked.heard_ns if tracked.heard_ns else 0
+            self._notices.append(MotorOnline(tracked.motor.index, result.model, result.firmware, offline_ns))
+            tracked.online = True
+            tracked.heard_ns = now
+            tracked.misses_in_a_row = 0
+            tracked.due_ns = now + REFRESH_NS
+            self._forget_polls()
+        else:
+            tracked.due_ns = now + tracked.retry_ns
+            tracked.retry_ns = min(2 * tracked.retry_ns, RETRY_MOST_NS)

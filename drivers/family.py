@@ -1,0 +1,110 @@
+"""The seam between a bus and a motor family: exchanges and procedures, without I/O.
+
+A family (one file in ``drivers/protocols/``) never touches a bus. It makes an ``Exchange``: what to write, whose
+replies to wait for, and how to know them. Work of several steps (connect, enable, a register read and verified)
+is a ``Procedure``: a generator that yields exchanges and is sent the replies to each, so that ``drivers.cycle``
+can put one step at a time into the slack of a cycle, and a test can drive it with bytes from a table.
+
+``W`` is the unit of the wire: ``bytes`` on a serial bus (any chunk of the stream), ``CanFrame`` on a CAN bus.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order
+
+Medium = Literal["can", "serial"]
+
+
+@dataclass(frozen=True, slots=True)
+class CanFrame:
+    """A classic CAN data frame; ``extended`` for a 29-bit identifier."""
+
+    can_id: int
+    data: bytes
+    extended: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.can_id:03X}#{self.data.hex().upper()}"
+
+
+W = TypeVar("W", bytes, CanFrame)
+P = TypeVar("P")  # what a family's unpack() makes of the wire: a packet of a serial protocol, or the frame itself
+
+Reply = tuple[int, Any]
+"""(bus_id of the motor, decoded value)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange(Generic[W, P]):
+    """One turn on the bus.
+
+    ``requests`` are written together. ``match`` gets each packet that arrives and returns the reply in it, or None
+    if the packet is nobody's business here. The exchange is over when each motor of ``expects`` (bus ids)
+    replied or its time is up; a motor that replied twice counts once, with its first reply.
+    """
+
+    requests: Sequence[W]
+    expects: frozenset[int]
+    match: Callable[[P], Reply | None]
+
+
+T = TypeVar("T")
+Procedure = Generator[Exchange[W, P], Mapping[int, Any], T]
+"""Yields exchanges; is sent {bus_id: value} for each, where a motor that kept silent is missing."""
+
+
+class Family(ABC, Generic[W, P]):
+    """One motor family on one bus, seen from the gateway. Holds what was learned about its motors; does no I/O."""
+
+    name: ClassVar[str]
+    medium: ClassVar[Medium]
+    bus_ids: ClassVar[range]  # addresses that a motor of this family may have
+    kinds: ClassVar[frozenset[Kind]]  # what its motors can be told
+    Options: ClassVar[type | None] = None  # frozen dataclass of extra keys in the motor's configuration
+
+    def __init__(self, motors: Sequence[Motor]) -> None:
+        self.motors = {motor.bus_id: motor for motor in motors}
+
+    @abstractmethod
+    def unpack(self, unit: W) -> Iterable[P]:
+        """Packets completed by ``unit``. Keeps half a packet for the next call; skips garbage, never raises."""
+
+    def reset(self) -> None:
+        """Forget half a packet: the input was dropped, or the bus was opened anew."""
+        return
+
+    @abstractmethod
+    def poll(self, bus_ids: Sequence[int]) -> Exchange[W, P]:
+        """The exchange of every cycle; its replies are ``Feedback``."""
+
+    @abstractmethod
+    def connect(self, bus_id: int) -> Procedure[W, P, MotorInfo | None]:
+        """Find a motor and learn what decoding needs; None if it is not there."""
+
+    @abstractmethod
+    def order(self, bus_id: int, order: Order) -> Procedure[W, P, str]:
+        """Carry out an order and see that the motor took it; returns what was seen. Raises MotorRefused."""
+
+    def refresh(self, bus_id: int) -> Procedure[W, P, None] | None:  # noqa: ARG002  for those that override it
+        """Read what changes slowly and ``poll`` does not bring; run about once a second in the slack."""
+        return None
+
+
+def run_with_replies(procedure: Procedure[W, P, T], replies: Sequence[Mapping[int, Any]]) -> T:
+    """Drive ``procedure`` with given replies, one mapping an exchange: for tests and examples."""
+    steps = iter(replies)
+    try:
+        next(procedure)
+        while True:
+            procedure.send(next(steps))
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+__all__ = [
+    "CanFrame", "Exchange", "Family", "Feedback", "Medium", "Procedure", "Reply", "run_with_replies",
+]  # fmt: skip

@@ -1,0 +1,116 @@
+"""The vocabulary of motors: what one can tell (``Feedback``, ``Status``, ``SAMPLE``) and be told (``Order``)."""
+
+from dataclasses import dataclass, field
+from enum import IntFlag, StrEnum
+from math import nan
+from typing import Any
+
+import numpy as np
+
+
+class Kind(StrEnum):
+    """What a motor can be told to do; the ``kind`` of a record on the commands topic."""
+
+    ENABLE = "enable"
+    DISABLE = "disable"
+    POSITION = "position"
+    VELOCITY = "velocity"
+    TORQUE = "torque"
+    STOP = "stop"
+    CLEAR_FAULT = "clear_fault"
+    ESTOP = "estop"
+    RESET_ESTOP = "reset_estop"
+
+
+SETPOINTS = frozenset({Kind.POSITION, Kind.VELOCITY, Kind.TORQUE})
+"""Kinds of which only the newest counts."""
+
+
+class Status(IntFlag):
+    """Status bits that mean the same for every family; the vendor's own word travels beside them.
+
+    The values are part of the telemetry contract (config/telemetry.proto): never renumber one.
+    """
+
+    ENABLED = 1 << 0
+    MOVING = 1 << 1
+    FAULT_VOLTAGE = 1 << 8
+    FAULT_TEMPERATURE = 1 << 9
+    FAULT_CURRENT = 1 << 10
+    FAULT_OVERLOAD = 1 << 11
+    FAULT_ENCODER = 1 << 12
+    FAULT_COMMUNICATION = 1 << 13
+    FAULT_OTHER = 1 << 14
+
+    @classmethod
+    def faults(cls) -> "Status":
+        """All bits that stand for a fault."""
+        return cls(0x7F00)
+
+
+@dataclass(frozen=True, slots=True)
+class Motor:
+    """One motor as its bus knows it.
+
+    ``index`` is the place of the motor on the arm (its partition); ``bus_id`` the address on the bus;
+    ``options`` whatever its family takes beyond that, an instance of that family's ``Options``.
+    """
+
+    index: int
+    name: str
+    family: str
+    bus_id: int
+    options: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What one motor told in one cycle, SI units; NaN where the family does not tell."""
+
+    position_rad: float
+    velocity_rad_s: float
+    temperature_c: float
+    voltage_v: float = nan
+    current_a: float = nan
+    torque_nm: float = nan
+    status: int = 0
+    vendor_error: int = 0
+
+
+SAMPLE = np.dtype(
+    [
+        ("motor", "<u2"),  # Motor.index
+        ("sampled_at_ns", "<i8"),  # monotonic, where the reply's bytes arrived
+        ("position_rad", "<f8"),
+        ("velocity_rad_s", "<f4"),
+        ("temperature_c", "<f4"),
+        ("voltage_v", "<f4"),
+        ("current_a", "<f4"),
+        ("torque_nm", "<f4"),
+        ("status", "<u4"),  # Status
+        ("vendor_error", "<u4"),
+        ("round_trip_us", "<f4"),  # request written -> reply arrived
+    ]
+)
+"""One sample as a bus worker sends it: packed, little-endian."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One thing for one motor to do, already validated against its limits.
+
+    ``value``: rad, rad/s or N m, by kind. ``velocity_rad_s``: the speed a position is approached with.
+    """
+
+    kind: Kind
+    value: float = nan
+    velocity_rad_s: float = nan
+
+
+@dataclass(frozen=True, slots=True)
+class MotorInfo:
+    """What a motor says of itself when it is connected; ``details`` holds whatever else its family reads."""
+
+    model: str
+    firmware: str
+    details: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,694 @@
+"""Damiao motors (DM4310 and its kin) on CAN, standard frames: the codec, the gateway's side, the motors' side.
+
+    id        MIT       p[15:8] p[7:0] v[11:4] v[3:0]|kp[11:8] kp[7:0] kd[11:4] kd[3:0]|t[11:8] t[7:0]
+    id        system    FF FF FF FF FF FF FF code
+    100 + id  POS_VEL   position f32, velocity f32       (little-endian)
+    200 + id  VEL       velocity f32
+    7FF       request   idL idH CC 0 0 0 0 0             (refresh)
+              register  idL idH 33|55|AA RID value32     (read, write, save)
+    MST_ID    feedback  ERR<<4|id p[15:8] p[7:0] v[11:4] v[3:0]|t[11:8] t[7:0] T_MOS T_rotor
+              register  idL idH 33|55|AA RID value32
+
+Feedback holds only the low nibble of the motor's id, hence ids 1 to 15: 17 would look like 1. Feedback and register
+replies share an arbitration id. A register reply is looked for only in an exchange that waits for it, by command
+and RID. Conversely, a frame of that shape is never taken for feedback: a late reply would read as a motor at -PMAX.
+Own requests have the id 7FF, on which no motor replies, and are never decoded.
+
+Positions, velocities and torques are scaled by the motor's own PMAX, VMAX and TMAX, read when it is connected:
+published presets disagree. Sources: python-damiao-driver docs, communication protocol and registers;
+damiao-motor damiao_motor/core/motor.py; LeRobot motors/damiao.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from math import inf, isfinite
+from struct import Struct
+from typing import Any, Final, NamedTuple
+
+from drivers.errors import MotorRefused
+from drivers.family import CanFrame, Exchange, Family, Procedure, Reply
+from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
+from drivers.sim.responder import Responder, SimulatedMotor
+
+REQUEST_ID: Final = 0x7FF
+POS_VEL_ID: Final = 0x100
+VEL_ID: Final = 0x200
+KP_MAX: Final = 500.0
+KD_MAX: Final = 5.0
+HOLD_VELOCITY_RAD_S: Final = 1.0  # of the small way back to the point where a motor was told to hold
+
+_POS_VEL = Struct("<ff")
+_FLOAT = Struct("<f")
+_UINT = Struct("<I")
+
+
+class System(IntEnum):
+    """Last byte of a system frame (python-damiao-driver docs, communication protocol)."""
+
+    CLEAR_ERROR = 0xFB
+    ENABLE = 0xFC
+    DISABLE = 0xFD
+    SET_ZERO = 0xFE
+
+
+class Command(IntEnum):
+    """Third byte of a frame on 7FF (python-damiao-driver docs, communication protocol)."""
+
+    READ = 0x33
+    WRITE = 0x55
+    SAVE = 0xAA
+    REFRESH = 0xCC
+
+
+class Rid(IntEnum):
+    """Register ids (python-damiao-driver docs, registers)."""
+
+    UV_VALUE = 0
+    KT_VALUE = 1
+    OT_VALUE = 2
+    OC_VALUE = 3
+    ACC = 4
+    DEC = 5
+    MAX_SPD = 6
+    MST_ID = 7
+    ESC_ID = 8
+    TIMEOUT = 9
+    CTRL_MODE = 10
+    HW_VER = 13
+    SW_VER = 14
+    SN = 15
+    GR = 20
+    PMAX = 21
+    VMAX = 22
+    TMAX = 23
+    OV_VALUE = 29
+    CAN_BR = 35
+    SUB_VER = 36
+    P_M = 80
+    XOUT = 81
+
+
+UNSIGNED: Final = frozenset(
+    {Rid.MST_ID, Rid.ESC_ID, Rid.TIMEOUT, Rid.CTRL_MODE, Rid.HW_VER, Rid.SW_VER, Rid.SN, Rid.CAN_BR, Rid.SUB_VER}
+)
+"""Registers that hold a 32-bit unsigned number; all others hold a float."""
+
+
+class Mode(IntEnum):
+    """Values of CTRL_MODE (python-damiao-driver docs, motor control modes)."""
+
+    MIT = 1
+    POS_VEL = 2
+    VEL = 3
+    FORCE_POS = 4
+
+
+class State(IntEnum):
+    """ERR nibble of feedback (python-damiao-driver docs, communication protocol)."""
+
+    DISABLED = 0x0
+    ENABLED = 0x1
+    OVER_VOLTAGE = 0x8
+    UNDER_VOLTAGE = 0x9
+    OVER_CURRENT = 0xA
+    MOS_OVER_TEMPERATURE = 0xB
+    ROTOR_OVER_TEMPERATURE = 0xC
+    COMMUNICATION_LOST = 0xD
+    OVERLOAD = 0xE
+
+
+_COMMON: Final[dict[int, Status]] = {
+    State.DISABLED: Status(0),
+    State.ENABLED: Status.ENABLED,
+    State.OVER_VOLTAGE: Status.FAULT_VOLTAGE,
+    State.UNDER_VOLTAGE: Status.FAULT_VOLTAGE,
+    State.OVER_CURRENT: Status.FAULT_CURRENT,
+    State.MOS_OVER_TEMPERATURE: Status.FAULT_TEMPERATURE,
+    State.ROTOR_OVER_TEMPERATURE: Status.FAULT_TEMPERATURE,
+    State.COMMUNICATION_LOST: Status.FAULT_COMMUNICATION,
+    State.OVERLOAD: Status.FAULT_OVERLOAD,
+}
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+
+class Scale(NamedTuple):
+    """What the ends of the number ranges stand for: +-PMAX rad, +-VMAX rad/s, +-TMAX N m."""
+
+    pmax_rad: float
+    vmax_rad_s: float
+    tmax_nm: float
+
+
+class Mit(NamedTuple):
+    """A MIT command; gains in N m/rad and N m s/rad."""
+
+    position_rad: float
+    velocity_rad_s: float
+    kp: float
+    kd: float
+    torque_nm: float
+
+
+class RawFeedback(NamedTuple):
+    """A feedback frame, scaled; temperatures in C."""
+
+    nibble: int  # of the motor's id
+    state: int  # State, or a number that no page lists
+    position_rad: float
+    velocity_rad_s: float
+    torque_nm: float
+    mos_c: int
+    rotor_c: int
+
+
+def encode_number(value: float, low: float, high: float, bits: int) -> int:
+    """``value``, clipped to ``low``..``high``, as a fraction of ``bits`` bits; truncated, as the vendor's code does."""
+    return int((min(max(value, low), high) - low) / (high - low) * ((1 << bits) - 1))
+
+
+def decode_number(raw: int, low: float, high: float, bits: int) -> float:
+    """The inverse of ``encode_number``."""
+    return raw / ((1 << bits) - 1) * (high - low) + low
+
+
+def encode_mit(command: Mit, scale: Scale) -> bytes:
+    """Data of a MIT frame (identifier: the motor's id)."""
+    pmax, vmax, tmax = scale
+    return (
+        encode_number(command.position_rad, -pmax, pmax, 16) << 48
+        | encode_number(command.velocity_rad_s, -vmax, vmax, 12) << 36
+        | encode_number(command.kp, 0, KP_MAX, 12) << 24
+        | encode_number(command.kd, 0, KD_MAX, 12) << 12
+        | encode_number(command.torque_nm, -tmax, tmax, 12)
+    ).to_bytes(8, "big")
+
+
+def decode_mit(data: bytes, scale: Scale) -> Mit:
+    """A MIT command from its eight bytes."""
+    word = int.from_bytes(data, "big")
+    pmax, vmax, tmax = scale
+    return Mit(
+        decode_number(word >> 48, -pmax, pmax, 16),
+        decode_number(word >> 36 & 0xFFF, -vmax, vmax, 12),
+        decode_number(word >> 24 & 0xFFF, 0, KP_MAX, 12),
+        decode_number(word >> 12 & 0xFFF, 0, KD_MAX, 12),
+        decode_number(word & 0xFFF, -tmax, tmax, 12),
+    )
+
+
+def encode_feedback(feedback: RawFeedback, scale: Scale) -> bytes:
+    """Data of a feedback frame (identifier: the motor's MST_ID)."""
+    pmax, vmax, tmax = scale
+    return (
+        (feedback.state << 4 | feedback.nibble) << 56
+        | encode_number(feedback.position_rad, -pmax, pmax, 16) << 40
+        | encode_number(feedback.velocity_rad_s, -vmax, vmax, 12) << 28
+        | encode_number(feedback.torque_nm, -tmax, tmax, 12) << 16
+        | feedback.mos_c << 8
+        | feedback.rotor_c
+    ).to_bytes(8, "big")
+
+
+def decode_feedback(data: bytes, scale: Scale) -> RawFeedback:
+    """A feedback frame from its eight bytes."""
+    word = int.from_bytes(data, "big")
+    pmax, vmax, tmax = scale
+    return RawFeedback(
+        nibble=data[0] & 0xF,
+        state=data[0] >> 4,
+        position_rad=decode_number(word >> 40 & 0xFFFF, -pmax, pmax, 16),
+        velocity_rad_s=decode_number(word >> 28 & 0xFFF, -vmax, vmax, 12),
+        torque_nm=decode_number(word >> 16 & 0xFFF, -tmax, tmax, 12),
+        mos_c=data[6],
+        rotor_c=data[7],
+    )
+
+
+def make_system(bus_id: int, code: System) -> CanFrame:
+    """Enable, disable, set zero or clear error."""
+    return CanFrame(bus_id, b"\xff" * 7 + bytes((code,)))
+
+
+def make_refresh(bus_id: int) -> CanFrame:
+    """Ask for feedback without commanding anything."""
+    return CanFrame(REQUEST_ID, bytes((bus_id & 0xFF, bus_id >> 8, Command.REFRESH, 0, 0, 0, 0, 0)))
+
+
+def make_pos_vel(bus_id: int, position_rad: float, velocity_rad_s: float) -> CanFrame:
+    """Go to a position at a velocity, in mode POS_VEL."""
+    return CanFrame(POS_VEL_ID + bus_id, _POS_VEL.pack(position_rad, velocity_rad_s))
+
+
+def make_vel(bus_id: int, velocity_rad_s: float) -> CanFrame:
+    """Turn at a velocity, in mode VEL."""
+    return CanFrame(VEL_ID + bus_id, _FLOAT.pack(velocity_rad_s) + bytes(4))
+
+
+def make_register(bus_id: int, command: Command, rid: int, value: bytes = bytes(4)) -> CanFrame:
+    """Read, write or save a register; a write changes the motor's memory until its power goes, a save its flash."""
+    return CanFrame(REQUEST_ID, bytes((bus_id & 0xFF, bus_id >> 8, command, rid)) + value)
+
+
+def encode_value(rid: int, value: float) -> bytes:
+    """A register's value as its four bytes."""
+    return _UINT.pack(int(value)) if rid in UNSIGNED else _FLOAT.pack(value)
+
+
+def decode_value(rid: int, data: bytes) -> float:
+    """A register's value from its four bytes."""
+    value: float = (_UINT if rid in UNSIGNED else _FLOAT).unpack(data)[0]
+    return value
+
+
+def is_register_reply(data: bytes, bus_id: int) -> bool:
+    """Whether this is the reply to a register command rather than feedback, of motor ``bus_id``.
+
+    As feedback it would be a disabled motor within 0.6 % of -PMAX that turns at more than a third of VMAX.
+    """
+    registers = (Command.READ, Command.WRITE, Command.SAVE)
+    return data[0] == bus_id and data[1] == 0 and data[2] in registers and data[3] <= max(Rid)
+
+
+# --- the gateway's side -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """``master_id``: the arbitration id of the motor's replies (register MST_ID); by custom its id + 0x10."""
+
+    master_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.master_id is not None and not 0 <= self.master_id < REQUEST_ID:
+            raise ValueError(f"master_id is {self.master_id:#x}; it must be 0 to {REQUEST_ID - 1:#x}")
+
+
+def master_id_of(motor: Motor) -> int:
+    """The arbitration id of a motor's replies."""
+    configured = motor.options.master_id if isinstance(motor.options, Options) else None
+    return motor.bus_id + 0x10 if configured is None else configured
+
+
+@dataclass(slots=True)
+class _Known:
+    """What was learned about one motor."""
+
+    master_id: int
+    scale: Scale | None = None  # None until connected: feedback cannot be scaled, and is not guessed
+    mode: int | None = None
+    state: int | None = None  # of its latest feedback
+
+
+class Damiao(Family[CanFrame, CanFrame]):
+    """Damiao motors in mode POS_VEL. ``temperature_c`` is the rotor's, the hotter and slower of the two they tell."""
+
+    name = "damiao"
+    medium = "can"
+    bus_ids = range(1, 16)
+    kinds = frozenset({Kind.ENABLE, Kind.DISABLE, Kind.POSITION, Kind.STOP, Kind.CLEAR_FAULT})
+    Options = Options
+
+    def __init__(self, motors: Sequence[Motor]) -> None:
+        super().__init__(motors)
+        self._known = {bus_id: _Known(master_id_of(motor)) for bus_id, motor in self.motors.items()}
+        self._senders = {(known.master_id, bus_id & 0xF): bus_id for bus_id, known in self._known.items()}
+
+    def unpack(self, unit: CanFrame) -> Iterable[CanFrame]:
+        """The frame itself, if it can be a motor's reply: standard, eight bytes, not on the id of our own requests."""
+        return (unit,) if len(unit.data) == 8 and not unit.extended and unit.can_id != REQUEST_ID else ()
+
+    def poll(self, bus_ids: Sequence[int]) -> Exchange[CanFrame, CanFrame]:
+        """A refresh for each motor; nothing is commanded."""
+        asked = frozenset(bus_ids)
+
+        def match(frame: CanFrame) -> Reply | None:
+            found = self._feedback(frame)
+            if found is None or found[0] not in asked:
+                return None
+            bus_id, raw = found
+            return bus_id, _common_feedback(raw)
+
+        return Exchange([make_refresh(bus_id) for bus_id in bus_ids], asked, match)
+
+    def connect(self, bus_id: int) -> Procedure[CanFrame, CanFrame, MotorInfo | None]:
+        """Find the motor and read its scaling, mode and version.
+
+        Raises MotorRefused if its replies come with another identifier than configured, or its scaling is absurd.
+        """
+        known = self._known[bus_id] = _Known(self._known[bus_id].master_id)
+        found = (yield _register(bus_id, Command.READ, Rid.MST_ID)).get(bus_id)
+        if found is None:
+            return None
+        can_id, _ = found
+        if can_id != known.master_id:
+            detail = f"motor {bus_id} replies with identifier {can_id:#x}, expected {known.master_id:#x}"
+            raise MotorRefused("refused", f"{detail}: set master_id = {can_id:#x}, or MST_ID (register 7) of the motor")
+        details: dict[str, float] = {}
+        for rid in (Rid.PMAX, Rid.VMAX, Rid.TMAX, Rid.CTRL_MODE, Rid.SW_VER):
+            found = (yield _register(bus_id, Command.READ, rid)).get(bus_id)
+            if found is None:
+                return None
+            details[rid.name] = decode_value(rid, found[1])
+        scale = Scale(*list(details.values())[:3])
+        absurd = [f"{name} is {value}" for name, value in list(details.items())[:3] if not 0 < value < inf]
+        if absurd:
+            raise MotorRefused("refused", f"motor {bus_id}: {', '.join(absurd)}; each must be finite and above 0")
+        known.mode, known.scale = int(details["CTRL_MODE"]), scale
+        return MotorInfo("Damiao", f"{details.pop('SW_VER'):.0f}", details)
+
+    def refresh(self, bus_id: int) -> Procedure[CanFrame, CanFrame, None]:
+        """Read the mode again: a motor that lost its power has forgotten it. Silence is left to ``poll`` to notice."""
+        found = (yield _register(bus_id, Command.READ, Rid.CTRL_MODE)).get(bus_id)
+        if found is not None:
+            self._known[bus_id].mode = int(decode_value(Rid.CTRL_MODE, found[1]))
+
+    def order(self, bus_id: int, order: Order) -> Procedure[CanFrame, CanFrame, str]:
+        """Carry out an order and see in the motor's feedback that it took it."""
+        if order.kind not in self.kinds:
+            raise MotorRefused("unsupported", f"{self.name} has no order {order.kind}")
+        known = self._known[bus_id]
+        if known.scale is None:
+            raise MotorRefused("motor_offline", f"motor {bus_id} was not connected: its scaling is unknown")
+        match order.kind:
+            case Kind.ENABLE:
+                return (yield from self._enable(bus_id))
+            case Kind.POSITION:
+                return (yield from self._move(bus_id, order, known, known.scale))
+            case Kind.STOP:
+                return (yield from self._stop(bus_id, known))
+            case Kind.CLEAR_FAULT:
+                yield from self._command(bus_id, make_system(bus_id, System.CLEAR_ERROR))
+                yield from self._settle(
+                    bus_id, lambda state: state in {State.DISABLED, State.ENABLED}, "clear error (FB)"
+                )
+                return "no fault"
+            case _:
+                yield from self._command(bus_id, make_system(bus_id, System.DISABLE))
+                yield from self._settle(bus_id, lambda state: state != State.ENABLED, "disable (FD)")
+                return "disabled"
+
+    def _enable(self, bus_id: int) -> Procedure[CanFrame, CanFrame, str]:
+        yield from self._set_mode(bus_id)
+        present = yield from self._command(bus_id, make_refresh(bus_id))
+        if present.state not in {State.DISABLED, State.ENABLED}:
+            raise MotorRefused("refused", f"the motor reports {_name(present.state)}; clear the fault first")
+        # which setpoint an enabled motor starts from is not documented: the one to hold follows with no gap
+        hold = make_pos_vel(bus_id, present.position_rad, HOLD_VELOCITY_RAD_S)
+        yield from self._command(bus_id, make_system(bus_id, System.ENABLE), hold)
+        yield from self._settle(bus_id, lambda state: state == State.ENABLED, "enable (FC)")
+        return f"enabled, holding {present.position_rad:.4f} rad"
+
+    def _move(self, bus_id: int, order: Order, known: _Known, scale: Scale) -> Procedure[CanFrame, CanFrame, str]:
+        target, velocity = order.value, order.velocity_rad_s
+        if not (isfinite(target) and isfinite(velocity) and velocity >= 0):
+            raise MotorRefused("malformed", f"position {target} rad at {velocity} rad/s")
+        if abs(target) > scale.pmax_rad:
+            raise MotorRefused("out_of_limits", f"{target} rad; the motor's PMAX is {scale.pmax_rad} rad")
+        if known.state != State.ENABLED:
+            told = "no feedback yet" if known.state is None else f"the motor reports {_name(known.state)}"
+            raise MotorRefused("not_enabled", told)
+        if known.mode != Mode.POS_VEL:
+            told = f"CTRL_MODE (register 10) is {known.mode}, not {Mode.POS_VEL:d}"
+            raise MotorRefused("not_enabled", f"{told}: enable sets it")
+        feedback = yield from self._command(bus_id, make_pos_vel(bus_id, target, velocity))
+        if feedback.state != State.ENABLED:
+            raise MotorRefused("refused", f"sent {target} rad; the motor reports {_name(feedback.state)}")
+        return f"going to {target:.4f} rad at {velocity:.4f} rad/s"
+
+    def _stop(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, str]:
+        present = yield from self._command(bus_id, make_refresh(bus_id))
+        if present.state != State.ENABLED:
+            return f"the motor is {_name(present.state)} already"
+        if known.mode != Mode.POS_VEL:  # whoever runs it in another mode is overruled
+            yield from self._set_mode(bus_id)
+        yield from self._command(bus_id, make_pos_vel(bus_id, present.position_rad, HOLD_VELOCITY_RAD_S))
+        return f"holding {present.position_rad:.4f} rad"
+
+    def _set_mode(self, bus_id: int) -> Procedure[CanFrame, CanFrame, None]:
+        """Make sure of POS_VEL, in the motor's memory only: nothing is saved, its flash wears."""
+        mode = yield from self._read(bus_id, Rid.CTRL_MODE)
+        if mode != Mode.POS_VEL:
+            written = encode_value(Rid.CTRL_MODE, Mode.POS_VEL)
+            replies = yield _register(bus_id, Command.WRITE, Rid.CTRL_MODE, written)
+            if bus_id not in replies:
+                raise MotorRefused("no_reply", f"no reply to CTRL_MODE (register 10) := {Mode.POS_VEL:d}")
+            mode = yield from self._read(bus_id, Rid.CTRL_MODE)
+        self._known[bus_id].mode = int(mode)
+        if mode != Mode.POS_VEL:
+            raise MotorRefused("refused", f"CTRL_MODE (register 10): sent {Mode.POS_VEL:d}, read {mode:.0f}")
+
+    def _read(self, bus_id: int, rid: Rid) -> Procedure[CanFrame, CanFrame, float]:
+        found = (yield _register(bus_id, Command.READ, rid)).get(bus_id)
+        if found is None:
+            raise MotorRefused("no_reply", f"no reply to a read of {rid.name} (register {rid}) from motor {bus_id}")
+        return decode_value(rid, found[1])
+
+    def _command(self, bus_id: int, *frames: CanFrame) -> Procedure[CanFrame, CanFrame, RawFeedback]:
+        """Send frames that are answered by feedback; the feedback to the first of them."""
+
+        def match(frame: CanFrame) -> Reply | None:
+            found = self._feedback(frame)
+            return found if found is not None and found[0] == bus_id else None
+
+        feedback: RawFeedback | None = (yield Exchange(frames, frozenset({bus_id}), match)).get(bus_id)
+        if feedback is None:
+            raise MotorRefused("no_reply", f"no feedback to {frames[0]} from motor {bus_id}")
+        return feedback
+
+    def _settle(self, bus_id: int, wanted: Callable[[int], bool], sent: str) -> Procedure[CanFrame, CanFrame, None]:
+        """See a state in feedback that was asked for after the command: the one that answers it may be from before."""
+        feedback = yield from self._command(bus_id, make_refresh(bus_id))
+        if not wanted(feedback.state):
+            raise MotorRefused("refused", f"sent {sent}; the motor reports {_name(feedback.state)}")
+
+    def _feedback(self, frame: CanFrame) -> tuple[int, RawFeedback] | None:
+        """The motor that sent this feedback, and what it says; None if it is anything else."""
+        bus_id = self._senders.get((frame.can_id, frame.data[0] & 0xF))
+        if bus_id is None or is_register_reply(frame.data, bus_id):
+            return None
+        known = self._known[bus_id]
+        if known.scale is None:
+            return None
+        raw = decode_feedback(frame.data, known.scale)
+        known.state = raw.state
+        return bus_id, raw
+
+
+def _register(bus_id: int, command: Command, rid: Rid, value: bytes = bytes(4)) -> Exchange[CanFrame, CanFrame]:
+    """A register command; the reply is (arbitration id, four bytes of value).
+
+    The reply names motor, command and register: its arbitration id need not be known, and is checked by ``connect``.
+    """
+    request = make_register(bus_id, command, rid, value)
+
+    def match(frame: CanFrame) -> Reply | None:
+        return (bus_id, (frame.can_id, frame.data[4:])) if frame.data[:4] == request.data[:4] else None
+
+    return Exchange([request], frozenset({bus_id}), match)
+
+
+def _common_feedback(raw: RawFeedback) -> Feedback:
+    return Feedback(
+        position_rad=raw.position_rad,
+        velocity_rad_s=raw.velocity_rad_s,
+        temperature_c=float(raw.rotor_c),
+        torque_nm=raw.torque_nm,
+        status=int(_COMMON.get(raw.state, Status.FAULT_OTHER)),
+        vendor_error=raw.state,
+    )
+
+
+def _name(state: int) -> str:
+    return f"{State(state).name.lower()} ({state:X})" if state in _COMMON else f"an unknown state ({state:X})"
+
+
+# --- the motors' side -------------------------------------------------------------------------------------------------
+
+_DEFAULTS: Final[dict[int, float]] = {  # of a DM4310
+    Rid.UV_VALUE: 15.0,
+    Rid.KT_VALUE: 0.0,
+    Rid.OT_VALUE: 100.0,
+    Rid.OC_VALUE: 0.98,
+    Rid.ACC: 30.0,
+    Rid.DEC: -30.0,
+    Rid.MAX_SPD: 30.0,
+    Rid.TIMEOUT: 0,
+    Rid.CTRL_MODE: Mode.MIT,
+    Rid.HW_VER: 1,
+    Rid.SW_VER: 5013,
+    Rid.SN: 0,
+    Rid.GR: 10.0,
+    Rid.PMAX: 12.5,
+    Rid.VMAX: 30.0,
+    Rid.TMAX: 10.0,
+    Rid.OV_VALUE: 32.0,
+    Rid.CAN_BR: 4,
+    Rid.SUB_VER: 1,
+}
+_READ_ONLY: Final = frozenset({Rid.HW_VER, Rid.SW_VER, Rid.SN, Rid.GR, Rid.SUB_VER, Rid.P_M, Rid.XOUT})
+_ALLOWED: Final[dict[int, tuple[float, float]]] = {  # lowest and highest that a write may set, where it matters here
+    Rid.MST_ID: (0, REQUEST_ID),
+    Rid.ESC_ID: (0, REQUEST_ID),
+    Rid.CTRL_MODE: (Mode.MIT, Mode.FORCE_POS),
+    Rid.CAN_BR: (0, 4),
+    Rid.PMAX: (0.001, 3.4e38),
+    Rid.VMAX: (0.001, 3.4e38),
+    Rid.TMAX: (0.001, 3.4e38),
+}
+
+
+class _Motor:
+    """One simulated motor: its registers over its physics."""
+
+    def __init__(self, simulated: SimulatedMotor) -> None:
+        self.simulated = simulated
+        self._registers: dict[int, float] = dict(_DEFAULTS)
+        self._registers[Rid.MST_ID] = master_id_of(simulated.motor)
+        self._registers[Rid.ESC_ID] = simulated.motor.bus_id
+        if simulated.servo.enabled:  # somebody was here before: no longer as it came from the factory
+            self._registers[Rid.CTRL_MODE] = Mode.POS_VEL
+        self._zero_rad = 0.0  # of the servo, where the motor counts from
+        self._fault: State | None = None
+
+    @property
+    def bus_id(self) -> int:
+        return int(self._registers[Rid.ESC_ID])
+
+    @property
+    def scale(self) -> Scale:
+        return Scale(*(self._registers[rid] for rid in (Rid.PMAX, Rid.VMAX, Rid.TMAX)))
+
+    @property
+    def mode(self) -> int:
+        return int(self._registers[Rid.CTRL_MODE])
+
+    def feedback(self) -> CanFrame:
+        """What it tells after every command."""
+        servo, scale = self.simulated.servo, self.scale
+        if servo.temperature_c >= self._registers[Rid.OT_VALUE]:
+            self._fault = State.ROTOR_OVER_TEMPERATURE
+            servo.disable()
+        state = self._fault if self._fault is not None else State.ENABLED if servo.enabled else State.DISABLED
+        turns = (servo.position_rad - self._zero_rad + scale.pmax_rad) % (2 * scale.pmax_rad)  # wraps at +-PMAX
+        raw = RawFeedback(
+            nibble=self.bus_id & 0xF,
+            state=state,
+            position_rad=turns - scale.pmax_rad,
+            velocity_rad_s=servo.velocity_rad_s,
+            torque_nm=servo.torque_nm,
+            mos_c=_byte((servo.temperature_c + servo.limits.ambient_c) / 2),  # between the rotor and the air
+            rotor_c=_byte(servo.temperature_c),
+        )
+        return self._reply(encode_feedback(raw, scale))
+
+    def register(self, command: int, rid: int, value: bytes) -> CanFrame | None:
+        """The reply to a register command; None if there is no such register."""
+        servo = self.simulated.servo
+        self._registers[Rid.P_M] = self._registers[Rid.XOUT] = servo.position_rad - self._zero_rad
+        if rid not in self._registers:
+            return None
+        if command == Command.WRITE and rid not in _READ_ONLY:
+            written = decode_value(rid, value)
+            low, high = _ALLOWED.get(rid, (-3.4e38, 2**32 - 1 if rid in UNSIGNED else 3.4e38))
+            if low <= written <= high:
+                self._registers[rid] = written
+        held = bytes((self.bus_id & 0xFF, self.bus_id >> 8, command, rid)) + encode_value(rid, self._registers[rid])
+        return self._reply(held)
+
+    def obey(self, code: int) -> None:
+        """A system frame."""
+        servo = self.simulated.servo
+        match code:
+            case System.ENABLE if self._fault is None:
+                servo.enable()
+            case System.DISABLE:
+                servo.disable()
+            case System.SET_ZERO:
+                self._zero_rad = servo.position_rad
+            case System.CLEAR_ERROR:
+                self._fault = None
+
+    def turn(self, velocity_rad_s: float) -> None:
+        """Turn at a velocity, as far as the mechanics lets it."""
+        servo = self.simulated.servo
+        low, high = servo.limits.position_rad
+        goal = high if velocity_rad_s > 0 else low if velocity_rad_s < 0 else servo.position_rad
+        servo.move_to(goal, velocity_rad_s)
+
+    def go(self, position_rad: float, velocity_rad_s: float) -> None:
+        """Go to a position."""
+        self.simulated.servo.move_to(self._zero_rad + position_rad, velocity_rad_s)
+
+    def _reply(self, data: bytes) -> CanFrame:
+        return CanFrame(int(self._registers[Rid.MST_ID]), data)
+
+
+class SimulatedDamiao(Responder[CanFrame]):
+    """Simulated Damiao motors: system frames, registers, and the modes MIT, POS_VEL and VEL.
+
+    A command of another mode than CTRL_MODE is neither obeyed nor answered (python-damiao-driver docs, motor control
+    modes: "the motor will not respond"). The physics of MIT is approximated: with kp it goes to the position, with kd
+    alone it turns at the velocity; the torque is not followed.
+    """
+
+    def __init__(self, motors: Sequence[SimulatedMotor]) -> None:
+        super().__init__(motors)
+        self._motors = [_Motor(simulated) for simulated in motors]
+
+    def respond(self, unit: CanFrame) -> Iterator[tuple[SimulatedMotor, CanFrame]]:
+        """The reply to one frame; none to frames for others."""
+        if unit.extended:
+            return
+        for motor in self._motors:
+            reply = self._request(motor, unit.data) if unit.can_id == REQUEST_ID else self._command(motor, unit)
+            if reply is not None:
+                yield motor.simulated, reply
+
+    @staticmethod
+    def _request(motor: _Motor, data: bytes) -> CanFrame | None:
+        if len(data) < 4 or int.from_bytes(data[:2], "little") != motor.bus_id:
+            return None
+        match data[2]:
+            case Command.REFRESH:
+                return motor.feedback()
+            case Command.READ | Command.WRITE | Command.SAVE if len(data) == 8:
+                return motor.register(data[2], data[3], data[4:])
+            case _:
+                return None
+
+    @staticmethod
+    def _command(motor: _Motor, frame: CanFrame) -> CanFrame | None:
+        mode, data = frame.can_id - motor.bus_id, frame.data
+        if mode not in {0, POS_VEL_ID, VEL_ID}:
+            return None
+        if len(data) == 8 and data[:7] == b"\xff" * 7 and data[7] in set(System):
+            motor.obey(data[7])  # on the identifier of any mode, as the vendor's examples send it
+            return motor.feedback()
+        match mode, motor.mode:
+            case 0, Mode.MIT if len(data) == 8:
+                command = decode_mit(data, motor.scale)
+                if command.kp > 0:
+                    motor.go(command.position_rad, motor.scale.vmax_rad_s)
+                elif command.kd > 0:
+                    motor.turn(command.velocity_rad_s)
+            case 0x100, Mode.POS_VEL if len(data) == 8:
+                position_rad, velocity_rad_s = _POS_VEL.unpack(data)
+                if isfinite(position_rad) and isfinite(velocity_rad_s):
+                    motor.go(position_rad, velocity_rad_s)
+            case 0x200, Mode.VEL if len(data) >= 4:
+                velocity_rad_s = _FLOAT.unpack(data[:4])[0]
+                if isfinite(velocity_rad_s):
+                    motor.turn(velocity_rad_s)
+            case _:
+                return None
+        return motor.feedback()
+
+
+def _byte(value: float) -> int:
+    return min(max(round(value), 0), 0xFF)
+
+
+FAMILY: type[Family[Any, Any]] = Damiao
+SIMULATED: type[Responder[Any]] = SimulatedDamiao

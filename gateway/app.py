@@ -1,0 +1,310 @@
+"""The composition root: one arm's gateway, put together here and nowhere else.
+
+    workers ==link==> writer (stamp, journal) ==> publisher ==> Kafka
+    workers <==link== commander (checks)      <== Kafka, local commands
+
+Everything runs on one asyncio loop but the writer's thread and the child processes.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from numpy.typing import NDArray
+
+from drivers.clock import monotonic_ns
+from drivers.motor import Status
+from drivers.notices import (
+    AnyNotice,
+    BusDown,
+    BusUp,
+    CycleStats,
+    MotorLate,
+    MotorOffline,
+    MotorOnline,
+    OrderDone,
+    OrderFailed,
+    SamplesLost,
+)
+from gateway import kafka_commands, local_commands, plans
+from gateway.board import Board, MotorView
+from gateway.commander import Commander
+from gateway.config import Config
+from gateway.event_time import EventTime
+from gateway.events import ARM, EventType, make_event
+from gateway.journal import Journal, JournalReader, Lost
+from gateway.kafka import TopicMismatch
+from gateway.publisher import Publisher
+from gateway.state_dir import StateDir
+from gateway.workers import Worker, keep_running
+from gateway.writer import Committed, LogWriter
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+STATUS_TICKS = 10
+DRAIN_S = 1.5
+WRITER_STOP_S = 2.0
+
+
+class Gateway:
+    """Runs one arm. ``board`` is there to be looked at; ``run`` returns when ``stop`` was called."""
+
+    def __init__(self, config: Config, state: StateDir) -> None:
+        """Opens the journal: raises JournalError if it does not fit. The state directory must be locked."""
+        self._config = config
+        self._state = state
+        motors = {motor.partition: motor.name for motor in config.motors}
+        journal = Journal(state.journal, config.arm.name, motors, config.journal.max_mb << 20)
+        self._time = EventTime(max(head.sampled_at_ns for head in journal.heads.values()))
+        self._writer = LogWriter(journal, self._time, config.journal.flush_ms, published=config.kafka is not None)
+        self._reader = JournalReader(state.journal)
+        self.stream = journal.stream
+        self.board = Board(config, self._time)
+        self._commander = Commander(config, self._reader, self._writer, self.board, self._time, self._send)
+        worker_plans = plans.worker_plans(config, state.simulated)
+        self._workers = {bus.name: Worker(bus.name, worker_plans[bus.name], self) for bus in config.buses}
+        self._owners = {motor.partition: self._workers[motor.bus] for motor in config.motors}
+        self._publisher = (
+            Publisher(config, self._reader, self._writer.published, self._kafka_changed) if config.kafka else None
+        )
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Make ``run`` return: polling ends, what was accepted is kept, and Kafka gets what it takes in time."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Run until ``stop``. Raises TopicMismatch if the broker is there and its topics do not fit the arm."""
+        self._writer.start(self, asyncio.get_running_loop())
+        self._event(EventType.GATEWAY_STARTED, stream=str(self.stream), motors=len(self._config.motors))
+        self._commander.finish_interrupted()
+        try:
+            async with self._tasks() as tasks:
+                stopped = asyncio.create_task(self._stop.wait())
+                ended, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+                stopped.cancel()
+                self._commander.interrupt_all()
+                self._event(EventType.GATEWAY_STOPPING)
+                for task in ended - {stopped}:
+                    task.result()  # a part that must not end did: say why
+                if self._publisher:
+                    await self._writer.durable()
+                    await self._publisher.drained(DRAIN_S)
+        finally:
+            if not await asyncio.to_thread(self._writer.stop, WRITER_STOP_S):
+                log.error("journal: the disk did not take the last records in %g s", WRITER_STOP_S)
+            self._reader.close()
+
+    @contextlib.asynccontextmanager
+    async def _tasks(self) -> AsyncIterator[list[asyncio.Task[None]]]:
+        """Every part that runs by itself: the publisher is stopped last, after the buses."""
+        parts: list[Coroutine[Any, Any, None]] = [worker.run() for worker in self._workers.values()]
+        if self._config.simulation is not None:
+            buses = plans.simulated_buses(self._config, self._state.simulated, everything=False)
+            if buses:
+                parts.append(keep_running("gateway.simulator", buses, log.error))
+        handle = self._commander.handle
+        local_start = self._reader.inbox(local_commands.SOURCE).get(0, 1)
+        parts.append(local_commands.follow(self._state.commands, local_start, handle))
+        if self._config.kafka:
+            starts = self._reader.inbox(kafka_commands.SOURCE)
+            parts.append(kafka_commands.follow(self._config, starts, handle))
+        parts.append(self._tick())
+        polling = [asyncio.create_task(part) for part in parts]
+        publishing = [asyncio.create_task(self._publisher.run())] if self._publisher else []
+        try:
+            yield [*polling, *publishing]
+        finally:
+            await _cancel([*polling, *publishing])
+
+    async def _tick(self) -> None:
+        """What is due a few times a second."""
+        count = 0
+        while True:
+            await asyncio.sleep(TICK_S)
+            count += 1
+            self.board.note_rates()
+            self._commander.check_deadlines()
+            if self._publisher:
+                for view in self.board.motors.values():
+                    view.acknowledged_seq = self._publisher.acknowledged(view.config.partition)
+            if count % STATUS_TICKS == 0:
+                try:
+                    self._state.write_status(self.board.snapshot())
+                except OSError as error:
+                    log.warning("status file: %s", error)
+
+    def _send(self, partition: int, ticket: Any) -> bool:
+        return self._owners[partition].send(ticket)
+
+    def _event(self, kind: EventType, view: MotorView | None = None, **details: Any) -> None:
+        motor, partition = (view.config.name, view.config.partition) if view else (ARM, 0)
+        self._writer.entry(make_event(kind, self._time.now(), motor, partition, **details))
+
+    # -- what workers tell (gateway.workers.Ear) -----------------------------------------------------------------
+
+    def heard_samples(self, bus: str, samples: NDArray[Any]) -> None:  # noqa: ARG002  the motor says it all
+        """One cycle's samples."""
+        self._writer.samples(samples)
+
+    def heard_notice(self, bus: str, notice: AnyNotice) -> None:
+        """Everything that is not a sample."""
+        views = self.board.motors
+        match notice:
+            case CycleStats():
+                self.board.take_stats(bus, notice)
+            case OrderDone():
+                self._commander.order_done(notice)
+            case OrderFailed():
+                self._commander.order_failed(notice)
+            case MotorOnline(motor, model, firmware, offline_ns):
+                self._online(views[motor], model, firmware, offline_ns)
+            case MotorLate(motor, heard_ns, misses):
+                self._late(views[motor], heard_ns, misses)
+            case MotorOffline(motor, _, misses, reason):
+                self._offline(views[motor], reason, misses)
+            case BusUp():
+                log.info("bus %s: up", bus)
+                self.board.buses[bus].up, self.board.buses[bus].detail = True, ""
+                self._event(EventType.BUS_UP, bus=bus)
+            case BusDown(reason, retriable):
+                self._bus_down(bus, reason, retriable=retriable)
+            case SamplesLost(motor, count):
+                self.samples_dropped({motor: count}, reason="the gateway took no samples")
+
+    def worker_started(self, bus: str, starts: int) -> None:
+        """A process was started for a bus."""
+        self.board.buses[bus].worker_starts = starts
+
+    def worker_gone(self, bus: str, reason: str) -> None:
+        """A worker died: its motors are offline until another finds them."""
+        here = [view for view in self.board.motors.values() if view.config.bus == bus]
+        for view in here:
+            if view.online:
+                self._offline(view, reason, 0)
+        self._bus_down(bus, reason, retriable=True)
+        self._commander.worker_gone([view.config.partition for view in here])
+
+    def _bus_down(self, bus: str, reason: str, *, retriable: bool) -> None:
+        log.error("bus %s: down: %s", bus, reason)
+        self.board.buses[bus].up, self.board.buses[bus].detail = False, reason
+        self._event(EventType.BUS_DOWN, bus=bus, reason=reason, retriable=retriable)
+
+    def _online(self, view: MotorView, model: str, firmware: str, offline_ns: int) -> None:
+        log.info("motor %s: online (%s, firmware %s)", view.config.name, model, firmware)
+        view.online, view.late, view.model, view.firmware = True, False, model, firmware
+        self._event(EventType.MOTOR_ONLINE, view, model=model, firmware=firmware, offline_ms=round(offline_ns / 1e6, 1))
+
+    def _late(self, view: MotorView, heard_ns: int, misses: int) -> None:
+        silent_ms = (monotonic_ns() - heard_ns) / 1e6
+        log.warning("motor %s: late, no reply for %.0f ms", view.config.name, silent_ms)
+        view.late = True
+        self._event(
+            EventType.MOTOR_LATE, view, silent_ms=round(silent_ms, 1), misses=misses, last_seq=view.seq,
+            last_sampled_at_ns=view.sampled_at_ns,
+        )  # fmt: skip
+
+    def _offline(self, view: MotorView, reason: str, misses: int) -> None:
+        log.error("motor %s: offline: %s", view.config.name, reason)
+        view.online = view.late = False
+        self._event(
+            EventType.MOTOR_OFFLINE, view, reason=reason, misses=misses, last_seq=view.seq,
+            last_sampled_at_ns=view.sampled_at_ns,
+        )  # fmt: skip
+
+    # -- what the log tells (gateway.writer.Listener) ------------------------------------------------------------
+
+    def committed(self, committed: Committed) -> None:
+        """A commit: readers may go on."""
+        if committed.batch is not None:
+            before = {view.config.partition: (view.status, view.hot) for view in self.board.motors.values()}
+            views = self.board.update(committed.batch.records)
+            for view in views:
+                self._check_health(view, *before[view.config.partition])
+            self._commander.moved(views)
+        if self._publisher:
+            self._publisher.committed(committed.batch, committed.entries)
+
+    def _check_health(self, view: MotorView, before: Status, was_hot: bool) -> None:
+        faults, faults_before = view.status & Status.faults(), before & Status.faults()
+        if faults and faults != faults_before:
+            names = [flag.name for flag in faults]
+            log.error("motor %s: fault %s", view.config.name, ", ".join(map(str, names)))
+            self._event(EventType.MOTOR_FAULT, view, faults=names, vendor_error=view.vendor_error, seq=view.seq)
+        elif faults_before and not faults:
+            self._event(EventType.MOTOR_FAULT_CLEARED, view, seq=view.seq)
+        limit_c = view.config.temperature_c
+        # two degrees of hysteresis: sensors flicker by one
+        view.hot = view.temperature_c > limit_c or (was_hot and view.temperature_c > limit_c - 2)
+        if view.hot and not was_hot:
+            log.error("motor %s: %.0f C, limit %.0f C", view.config.name, view.temperature_c, limit_c)
+            self._event(
+                EventType.MOTOR_OVER_TEMPERATURE, view, temperature_c=view.temperature_c, limit_c=limit_c, seq=view.seq
+            )
+
+    def clock_stepped(self, step_ns: int) -> None:
+        """The wall clock stepped."""
+        log.warning("wall clock stepped by %+.3f s", step_ns / 1e9)
+        self._event(EventType.CLOCK_STEPPED, step_ns=step_ns)
+
+    def samples_dropped(self, counts: dict[int, int], reason: str = "the disk took no samples") -> None:
+        """Samples lost before they were numbered."""
+        for partition, count in counts.items():
+            self._event(EventType.TELEMETRY_GAP, self.board.motors[partition], count=count, reason=reason)
+
+    def records_lost(self, lost: list[Lost]) -> None:
+        """The journal is full of records that the broker does not have."""
+        self._event(EventType.JOURNAL_FULL, max_mb=self._config.journal.max_mb)
+        for partition, from_seq, to_seq in lost:
+            if view := self.board.motors.get(partition):
+                self._event(
+                    EventType.TELEMETRY_GAP, view, stream=str(self.stream), from_seq=from_seq, to_seq=to_seq,
+                    count=to_seq - from_seq + 1, reason="journal full",
+                )  # fmt: skip
+
+    def disk_failed(self, error: str) -> None:
+        """A commit failed; polling goes on."""
+        self.board.journal_detail = error
+        self._event(EventType.JOURNAL_FAILED, detail=error)
+
+    def disk_recovered(self) -> None:
+        """Commits succeed again."""
+        self.board.journal_detail = ""
+        self._event(EventType.JOURNAL_RECOVERED)
+
+    def _kafka_changed(self, state: str, detail: str) -> None:
+        self.board.kafka, self.board.kafka_detail = state, detail
+        kind = {"up": EventType.KAFKA_UP, "down": EventType.KAFKA_DOWN, "refused": EventType.KAFKA_REFUSED}[state]
+        (log.info if state == "up" else log.error)("kafka: %s %s", state, detail)
+        self._event(kind, detail=detail)
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, Exception) and not isinstance(result, TopicMismatch):
+            log.error("while stopping: %s", result)
+
+
+async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None) -> None:
+    """Lock the state directory and run the arm's gateway until SIGINT or SIGTERM; ``ready`` runs beside it.
+
+    Raises StateDirError, JournalError, ConfigError or TopicMismatch for what only its user can mend.
+    """
+    state = StateDir(config.arm.state_dir)
+    with state.locked():
+        gateway = Gateway(config, state)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, gateway.stop)
+        beside = asyncio.create_task(ready(gateway)) if ready else None
+        try:
+            await gateway.run()
+        finally:
+            if beside:
+                await _cancel([beside])

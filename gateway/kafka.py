@@ -1,0 +1,131 @@
+"""What every Kafka client of the gateway shares: settings, the arm's topics, and the ends of their partitions."""
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.helpers import create_ssl_context
+
+from gateway.config import Config, Kafka
+
+log = logging.getLogger(__name__)
+
+STOP_S = 2.0  # a client's stop() can hang while its broker is down
+ANSWER_S = 10.0
+
+
+class TopicMismatch(Exception):
+    """A topic exists and does not fit the arm; somebody has to change one of them."""
+
+
+def client_options(kafka: Kafka) -> dict[str, Any]:
+    """Keyword arguments for any aiokafka client. Raises ConfigError where a secret cannot be had."""
+    options: dict[str, Any] = {
+        "bootstrap_servers": list(kafka.bootstrap_servers),
+        "security_protocol": kafka.security_protocol,
+    }
+    if "SSL" in kafka.security_protocol:
+        options["ssl_context"] = _ssl_context(kafka)
+    if kafka.sasl_mechanism:
+        options["sasl_mechanism"] = kafka.sasl_mechanism
+        options["sasl_plain_username"] = kafka.sasl_username
+        options["sasl_plain_password"] = kafka.sasl_password()
+    return options
+
+
+def _ssl_context(kafka: Kafka) -> ssl.SSLContext:
+    context: ssl.SSLContext = create_ssl_context(
+        cafile=str(kafka.ssl_cafile) if kafka.ssl_cafile else None,
+        certfile=str(kafka.ssl_certfile) if kafka.ssl_certfile else None,
+        keyfile=str(kafka.ssl_keyfile) if kafka.ssl_keyfile else None,
+        password=kafka.ssl_keyfile_password(),
+    )
+    return context
+
+
+async def stop(client: Any) -> None:
+    """Stop an aiokafka client, however its broker is; nothing of it sends any more afterwards."""
+    try:
+        await asyncio.wait_for(client.stop(), STOP_S)
+    except TimeoutError:
+        # a producer waits for its last batches, for ever (aiokafka#1101); only its sender can be told to give up
+        with contextlib.suppress(TimeoutError, KafkaError, OSError, asyncio.CancelledError):
+            if sender := getattr(client, "_sender", None):
+                await asyncio.wait_for(sender.close(), STOP_S)
+            if connections := getattr(client, "client", None):
+                await asyncio.wait_for(connections.close(), STOP_S)
+    except (KafkaError, OSError) as error:
+        log.debug("stopping a Kafka client: %s", error)
+
+
+@contextlib.asynccontextmanager
+async def running(client: Any) -> AsyncIterator[Any]:
+    """The client, started; stopped afterwards in bounded time."""
+    try:
+        await client.start()
+        yield client
+    finally:
+        await stop(client)
+
+
+async def ensure_topics(config: Config) -> None:
+    """Create the arm's topics where they are missing. Raises TopicMismatch if one has too few partitions."""
+    assert config.kafka is not None  # noqa: S101  callers have a broker
+    needed = 1 + max(motor.partition for motor in config.motors)
+    names = [config.topic(topic) for topic in ("telemetry", "events", "outcomes", "commands")]
+    async with running(AIOKafkaAdminClient(**client_options(config.kafka))) as admin:
+        missing = set(names) - set(await admin.list_topics())
+        if missing:
+            new = [NewTopic(name, needed, config.kafka.replication_factor) for name in sorted(missing)]
+            for name, code, *message in (await admin.create_topics(new)).topic_errors:
+                if code and for_code(code) is not TopicAlreadyExistsError:
+                    raise for_code(code)(f"creating topic {name}: {message[0] if message else ''}")
+            log.info("created topics %s with %d partitions", ", ".join(sorted(missing)), needed)
+        for topic in await admin.describe_topics(names):
+            if (found := len(topic["partitions"])) and found < needed:
+                raise TopicMismatch(
+                    f"topic {topic['topic']} has {found} partitions, but the motors of arm {config.arm.name!r} use "
+                    f"0..{needed - 1}: add partitions (kafka-topics --alter --topic {topic['topic']} "
+                    f"--partitions {needed}) or give the motors partitions below {found}"
+                )
+
+
+async def assign(consumer: AIOKafkaConsumer, positions: Mapping[TopicPartition, int]) -> None:
+    """Assign partitions and stand at the given offsets; -1: where ``auto_offset_reset`` puts it.
+
+    A seek right after an assignment loses against the reset that the assignment has set going (aiokafka 0.14), so
+    that one is awaited first.
+    """
+    consumer.assign(list(positions))
+    for tp, offset in positions.items():
+        await consumer.position(tp)
+        if offset >= 0:
+            consumer.seek(tp, offset)
+
+
+async def last_records(
+    consumer: AIOKafkaConsumer, partitions: Iterable[TopicPartition]
+) -> dict[TopicPartition, tuple[int, ConsumerRecord | None]]:
+    """{partition: (end offset, its last record)}; None where it holds no record (empty, or all expired).
+
+    Raises TimeoutError if the broker does not bring them in time.
+    """
+    partitions = list(partitions)
+    async with asyncio.timeout(ANSWER_S):
+        first = await consumer.beginning_offsets(partitions)
+        end = await consumer.end_offsets(partitions)
+        last: dict[TopicPartition, tuple[int, ConsumerRecord | None]] = {tp: (end[tp], None) for tp in partitions}
+        waiting = {tp for tp in partitions if end[tp] > first[tp]}
+        if waiting:
+            await assign(consumer, {tp: end[tp] - 1 for tp in waiting})
+        while waiting:
+            for tp, records in (await consumer.getmany(timeout_ms=1000)).items():
+                last[tp] = (end[tp], records[-1])
+                waiting.discard(tp)
+    return last

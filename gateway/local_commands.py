@@ -1,0 +1,66 @@
+"""Commands without Kafka: an SQLite file of its own beside the journal, written by any process on this machine.
+
+Its own file, so that a program that is stopped while it writes never holds the journal's lock. The gateway only reads
+it, and keeps how far in its journal.
+"""
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from gateway.commander import Incoming
+
+log = logging.getLogger(__name__)
+
+SOURCE = "local"
+POLL_S = 0.004
+KEPT = 10_000
+
+
+def append(path: Path, raw: bytes) -> int:
+    """Put a command in; its offset. Raises sqlite3.Error. Old commands are removed beyond the newest 10,000."""
+    db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+    try:
+        _prepare(db)
+        db.execute("BEGIN IMMEDIATE")
+        offset = db.execute("INSERT INTO commands (value) VALUES (?)", (raw,)).lastrowid
+        db.execute("DELETE FROM commands WHERE id <= ?", ((offset or 0) - KEPT,))
+        db.execute("COMMIT")
+    finally:
+        db.close()
+    return offset or 0
+
+
+def _prepare(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("CREATE TABLE IF NOT EXISTS commands (id INTEGER PRIMARY KEY AUTOINCREMENT, value BLOB NOT NULL)")
+
+
+async def follow(path: Path, start: int, handle: Callable[[Sequence[Incoming]], Awaitable[None]]) -> None:
+    """Hand every command from offset ``start`` on to ``handle``, until cancelled.
+
+    Looks every few milliseconds whether another process has committed, which costs a few microseconds.
+    """
+    db = sqlite3.connect(path, isolation_level=None, timeout=2.0)
+    try:
+        _prepare(db)
+        version = -1
+        while True:
+            try:
+                newest = db.execute("PRAGMA data_version").fetchone()[0]
+                if newest != version:
+                    sql = "SELECT id, value FROM commands WHERE id >= ? ORDER BY id LIMIT 100"
+                    rows = db.execute(sql, (start,)).fetchall()
+                    version = version if rows else newest
+                    if rows:
+                        start = rows[-1][0] + 1
+                        await handle([Incoming(bytes(value), SOURCE, 0, number + 1) for number, value in rows])
+                        continue
+            except sqlite3.Error as error:
+                log.warning("%s: %s", path, error)
+                await asyncio.sleep(1.0)
+            await asyncio.sleep(POLL_S)
+    finally:
+        db.close()

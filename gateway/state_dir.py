@@ -1,0 +1,87 @@
+"""The state directory of an arm: what lies where, who may write, and the status file for other processes.
+
+lock          held by the one gateway that runs this arm
+journal.db    the log (gateway.journal), written by that gateway only
+commands.db   commands put in on this machine (gateway.local_commands)
+status.json   rewritten every second
+sim/          links to the pseudo-terminals of simulated motors
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class StateDirError(Exception):
+    """The directory cannot be used, or another gateway uses it."""
+
+
+class StateDir:
+    """Paths in the directory; made if it is missing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = path / "journal.db"
+        self.commands = path / "commands.db"
+        self.status = path / "status.json"
+        self.simulated = path / "sim"
+        self._lock = path / "lock"
+
+    def make(self) -> None:
+        """Create the directory. Raises StateDirError if that cannot be."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise PermissionError("not writable for this user")
+        except OSError as error:
+            raise StateDirError(f"state_dir {self.path}: {error}") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock. Raises StateDirError, naming the process that has it."""
+        self.make()
+        with self._lock.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise StateDirError(
+                    f"state_dir {self.path}: a gateway runs this arm already (process {holder}); stop it, or use "
+                    "another state_dir"
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def running_pid(self) -> int | None:
+        """The process of the gateway that holds the lock; None if there is none."""
+        try:
+            with self._lock.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(file.read().strip() or 0)
+        except (OSError, ValueError):
+            return None
+        return None
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Replace the status file in one step, so that a reader never sees half of it. Raises OSError."""
+        fresh = self.status.with_suffix(".new")
+        fresh.write_bytes(msgspec.json.encode(status))
+        fresh.replace(self.status)
+
+    def read_status(self) -> dict[str, Any]:
+        """The newest status. Raises StateDirError if there is none."""
+        try:
+            status: dict[str, Any] = msgspec.json.decode(self.status.read_bytes())
+        except (OSError, msgspec.DecodeError) as error:
+            raise StateDirError(f"{self.status}: {error}; has the gateway run with this state_dir?") from error
+        return status

@@ -1,0 +1,111 @@
+"""The telemetry record: one NumPy row that is, byte for byte, a protobuf message ``servo.Telemetry``.
+
+Every field of the message has a fixed width and is always written, so its encoding has a fixed size and layout:
+tags and values alternate at known offsets. A batch is therefore encoded by copying columns, and any protobuf reader
+understands each record (config/telemetry.proto is the contract; tests hold this file to it).
+
+    partition u2 | 09 stream u8 | 11 seq u8 | 19 sampled_at_ns i8 | 21 position_rad f8 | 2D velocity_rad_s f4 | ...
+    (journal only) |<------------------------------ the message, 76 bytes ------------------------------------->|
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Records = NDArray[np.void]
+"""Stamped samples, dtype RECORD."""
+
+_FIELDS = (  # in the order of their field numbers, which count from 1
+    ("stream", "<u8"),
+    ("seq", "<u8"),
+    ("sampled_at_ns", "<i8"),
+    ("position_rad", "<f8"),
+    ("velocity_rad_s", "<f4"),
+    ("temperature_c", "<f4"),
+    ("voltage_v", "<f4"),
+    ("current_a", "<f4"),
+    ("torque_nm", "<f4"),
+    ("status", "<u4"),
+    ("vendor_error", "<u4"),
+    ("round_trip_us", "<f4"),
+)
+FIELD_NAMES = tuple(name for name, _ in _FIELDS)
+
+_WIRE_TYPE = {8: 1, 4: 5}  # protobuf wire types I64 and I32
+_TAGS = {
+    name: number << 3 | _WIRE_TYPE[np.dtype(kind).itemsize] for number, (name, kind) in enumerate(_FIELDS, start=1)
+}
+
+
+def _layout(first: Sequence[tuple[str, str]]) -> "np.dtype[np.void]":
+    fields = list(first)
+    for name, kind in _FIELDS:
+        fields += [(f"{name}_tag", "u1"), (name, kind)]
+    return np.dtype(fields)
+
+
+MESSAGE = _layout([])
+"""One message, as Kafka holds it."""
+RECORD = _layout([("partition", "<u2")])
+"""One message with its partition in front, as the journal holds it."""
+MESSAGE_SIZE = MESSAGE.itemsize
+_MESSAGE_OFFSET = RECORD.itemsize - MESSAGE_SIZE
+
+_TEMPLATE = np.zeros((), RECORD)
+for _name, _tag in _TAGS.items():
+    _TEMPLATE[f"{_name}_tag"] = _tag
+
+
+def blank(count: int) -> Records:
+    """``count`` records with their tags in place and all values zero."""
+    return np.full(count, _TEMPLATE, RECORD)
+
+
+def messages(records: Records) -> list[bytes]:
+    """The protobuf message of each record."""
+    whole = records.tobytes()
+    step = RECORD.itemsize
+    return [whole[at + _MESSAGE_OFFSET : at + step] for at in range(0, len(whole), step)]
+
+
+def decode(values: Sequence[bytes], partition: int) -> Records:
+    """Records from messages that this module encoded. Raises ValueError for any other."""
+    records = blank(len(values))
+    for number, value in enumerate(values):
+        if len(value) != MESSAGE_SIZE:
+            raise ValueError(f"a telemetry message has {MESSAGE_SIZE} bytes, this one {len(value)}")
+        message = np.frombuffer(value, MESSAGE)[0]
+        for name, tag in _TAGS.items():
+            if message[f"{name}_tag"] != tag:
+                raise ValueError(f"field {name} begins with {message[f'{name}_tag']:#04x} instead of {tag:#04x}")
+            records[number][name] = message[name]
+    records["partition"] = partition
+    return records
+
+
+def as_mapping(record: np.void, motor: str) -> dict[str, Any]:
+    """One record with the names of the JSON format; what the motor does not tell (NaN) is None."""
+    values: dict[str, Any] = {"motor": motor}
+    for name in FIELD_NAMES:
+        value = record[name].item()
+        values[name] = None if value != value else value  # noqa: PLR0124  NaN is the value that differs from itself
+    return values
+
+
+def from_mapping(values: dict[str, Any], partition: int) -> np.void:
+    """The inverse of ``as_mapping``. Raises ValueError or KeyError for anything else."""
+    record = blank(1)
+    record["partition"] = partition
+    for name in FIELD_NAMES:
+        record[name] = np.nan if values[name] is None else values[name]
+    row: np.void = record[0]
+    return row
+
+
+def json_messages(records: Records, motor: str) -> list[bytes]:
+    """The JSON format of each record."""
+    encode = msgspec.json.Encoder().encode
+    return [encode(as_mapping(record, motor)) for record in records]
