@@ -76,6 +76,7 @@ class _Tracked:
     misses: int = 0
     due_ns: int = 0  # next connect while offline, next refresh while online
     retry_ns: int = RETRY_FIRST_NS
+    refusal: str = ""  # why it was not connected, as last told
 
 
 @dataclass(slots=True)
@@ -235,8 +236,8 @@ class Cycle(Generic[W]):
         return rows
 
     def _allowance(self, number: int) -> int:
-        """How long a poll may wait: half the period, or more where complete polls are seen to take that long."""
-        return max(self._timing.period_ns // 2, 3 * self._typical_ns[number])
+        """How long a poll may wait: most of the period, or more where complete polls are seen to take that long."""
+        return max(self._timing.period_ns * 7 // 10, 3 * self._typical_ns[number])
 
     def _missed(self, tracked: _Tracked) -> None:
         tracked.misses += 1
@@ -368,13 +369,16 @@ class Cycle(Generic[W]):
         now = monotonic_ns()
         tracked.connecting = False
         if isinstance(result, MotorInfo):
-            offline_ns = now - tracked.heard_ns if tracked.heard_ns else 0
-            self._notices.append(MotorOnline(tracked.motor.index, result.model, result.firmware, offline_ns))
+            self._notices.append(MotorOnline(tracked.motor.index, result.model, result.firmware))
             tracked.online = True
             tracked.heard_ns = now
             tracked.misses_in_a_row = 0
             tracked.due_ns = now + REFRESH_NS
             self._forget_polls()
-        else:
-            tracked.due_ns = now + tracked.retry_ns
-            tracked.retry_ns = min(2 * tracked.retry_ns, RETRY_MOST_NS)
+            tracked.refusal = ""
+            return
+        tracked.due_ns = now + tracked.retry_ns
+        tracked.retry_ns = min(2 * tracked.retry_ns, RETRY_MOST_NS)
+        if isinstance(result, MotorRefused) and tracked.refusal != str(result):  # it is there, and unfit: say so once
+            tracked.refusal = str(result)
+            self._notices.append(MotorOffline(tracked.motor.index, tracked.heard_ns, 0, tracked.refusal))

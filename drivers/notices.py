@@ -28,7 +28,6 @@ class MotorOnline(Notice, frozen=True, tag=True):
     motor: int
     model: str
     firmware: str
-    offline_ns: int  # since it was last heard; 0 at its first appearance
 
 
 class MotorLate(Notice, frozen=True, tag=True):

@@ -9,8 +9,10 @@ Everything runs on one asyncio loop but the writer's thread and the child proces
 import asyncio
 import contextlib
 import logging
+import shutil
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -38,6 +40,7 @@ from gateway.events import ARM, EventType, make_event
 from gateway.journal import Journal, JournalReader, Lost
 from gateway.kafka import TopicMismatch
 from gateway.publisher import Publisher
+from gateway.simulator import SimulatorPlan
 from gateway.state_dir import StateDir
 from gateway.workers import Worker, keep_running
 from gateway.writer import Committed, LogWriter
@@ -102,24 +105,30 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def _tasks(self) -> AsyncIterator[list[asyncio.Task[None]]]:
         """Every part that runs by itself: the publisher is stopped last, after the buses."""
-        parts: list[Coroutine[Any, Any, None]] = [worker.run() for worker in self._workers.values()]
-        if self._config.simulation is not None:
-            buses = plans.simulated_buses(self._config, self._state.simulated, everything=False)
-            if buses:
-                parts.append(keep_running("gateway.simulator", buses, log.error))
         handle = self._commander.handle
         local_start = self._reader.inbox(local_commands.SOURCE).get(0, 1)
-        parts.append(local_commands.follow(self._state.commands, local_start, handle))
+        first = [local_commands.follow(self._state.commands, local_start, handle), self._tick()]
         if self._config.kafka:
             starts = self._reader.inbox(kafka_commands.SOURCE)
-            parts.append(kafka_commands.follow(self._config, starts, handle))
-        parts.append(self._tick())
-        polling = [asyncio.create_task(part) for part in parts]
-        publishing = [asyncio.create_task(self._publisher.run())] if self._publisher else []
+            first.append(kafka_commands.follow(self._config, starts, handle))
+        last: list[Coroutine[Any, Any, None]] = []
+        # links of a killed run lead to terminals that may be somebody else's by now
+        shutil.rmtree(self._state.simulated, ignore_errors=True)
+        simulated = plans.simulated_buses(self._config, self._state.simulated, everything=False)
+        if simulated:
+            plan = SimulatorPlan(simulated, self._config.arm.realtime)
+            last.append(keep_running("gateway.simulator", plan, log.error))
+        links = [Path(plan.where) for plan in simulated]
+        first += [_run_when_there(worker, links) for worker in self._workers.values()]
+        if self._publisher:
+            last.append(self._publisher.run())
+        commanding_and_polling = [asyncio.create_task(part) for part in first]
+        the_rest = [asyncio.create_task(part) for part in last]
         try:
-            yield [*polling, *publishing]
+            yield [*commanding_and_polling, *the_rest]
         finally:
-            await _cancel([*polling, *publishing])
+            await _cancel(commanding_and_polling)
+            await _cancel(the_rest)
 
     async def _tick(self) -> None:
         """What is due a few times a second."""
@@ -161,8 +170,8 @@ class Gateway:
                 self._commander.order_done(notice)
             case OrderFailed():
                 self._commander.order_failed(notice)
-            case MotorOnline(motor, model, firmware, offline_ns):
-                self._online(views[motor], model, firmware, offline_ns)
+            case MotorOnline(motor, model, firmware):
+                self._online(views[motor], model, firmware)
             case MotorLate(motor, heard_ns, misses):
                 self._late(views[motor], heard_ns, misses)
             case MotorOffline(motor, _, misses, reason):
@@ -194,10 +203,11 @@ class Gateway:
         self.board.buses[bus].up, self.board.buses[bus].detail = False, reason
         self._event(EventType.BUS_DOWN, bus=bus, reason=reason, retriable=retriable)
 
-    def _online(self, view: MotorView, model: str, firmware: str, offline_ns: int) -> None:
+    def _online(self, view: MotorView, model: str, firmware: str) -> None:
         log.info("motor %s: online (%s, firmware %s)", view.config.name, model, firmware)
         view.online, view.late, view.model, view.firmware = True, False, model, firmware
-        self._event(EventType.MOTOR_ONLINE, view, model=model, firmware=firmware, offline_ms=round(offline_ns / 1e6, 1))
+        silent_ms = {"silent_ms": round(self.board.age_ms(view), 1)} if view.sampled_at_ns else {}
+        self._event(EventType.MOTOR_ONLINE, view, model=model, firmware=firmware, **silent_ms)
 
     def _late(self, view: MotorView, heard_ns: int, misses: int) -> None:
         silent_ms = (monotonic_ns() - heard_ns) / 1e6
@@ -281,6 +291,14 @@ class Gateway:
         kind = {"up": EventType.KAFKA_UP, "down": EventType.KAFKA_DOWN, "refused": EventType.KAFKA_REFUSED}[state]
         (log.info if state == "up" else log.error)("kafka: %s %s", state, detail)
         self._event(kind, detail=detail)
+
+
+async def _run_when_there(worker: Worker, links: Sequence[Path]) -> None:
+    """Run a worker once the simulated motors are there, if it is one of theirs."""
+    mine = [link for link in links if link.name == worker.bus]
+    while not all(link.exists() for link in mine):  # noqa: ASYNC110  another process makes it
+        await asyncio.sleep(0.02)
+    await worker.run()
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:

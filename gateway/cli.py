@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import sqlite3
 import sys
@@ -49,6 +50,7 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log more."
 
 def main() -> None:
     """Entry point: errors that a user can mend become one message and an exit status."""
+    live.quieten_libraries(logging.CRITICAL)  # what goes wrong is told by us, once
     try:
         app()
     except (ConfigError, TopicMismatch, JournalError) as error:
@@ -164,7 +166,7 @@ def status(config: ConfigFile, as_json: JsonOption = False) -> None:
 
 
 def _print_status(found: dict[str, Any], pid: int | None) -> None:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     running = f"runs (process {pid})" if pid is not None else "does not run; this is the last that it said"
     console.print(f"arm {found['arm']}: gateway {running}")
     kafka = found["kafka"]

@@ -75,20 +75,21 @@ async def _through_kafka(config: Config, command: Command, *, wait: bool) -> Asy
     assert config.kafka is not None  # noqa: S101  send() sees to it
     options = kafka.client_options(config.kafka)
     partition = next((motor.partition for motor in config.motors if motor.name == command.motor), 0)
+    await kafka.partitions_of(config.kafka, config.topic("commands"))
     async with AsyncExitStack() as stack:
+        consumer = await stack.enter_async_context(
+            kafka.running(AIOKafkaConsumer(**options, enable_auto_commit=False, auto_offset_reset="latest"))
+        )
+        # listen first, so that no outcome is missed
+        await kafka.assign(consumer, {TopicPartition(config.topic("outcomes"), partition): -1})
         producer = await stack.enter_async_context(kafka.running(AIOKafkaProducer(**options, acks="all")))
-        consumer = None
-        if wait:  # listen first, so that no outcome is missed
-            consumer = await stack.enter_async_context(
-                kafka.running(AIOKafkaConsumer(**options, enable_auto_commit=False, auto_offset_reset="latest"))
-            )
-            await kafka.assign(consumer, {TopicPartition(config.topic("outcomes"), partition): -1})
         key = (command.motor or ARM).encode()
         await producer.send_and_wait(config.topic("commands"), _issued_now(command), key, partition)
-        while consumer:
-            async for record in consumer:
-                outcome = decode_outcome(record.value)
-                if outcome.command_id == command.id:
-                    yield outcome
-                    if outcome.final:
-                        return
+        if not wait:
+            return
+        async for record in consumer:
+            outcome = decode_outcome(record.value)
+            if outcome.command_id == command.id:
+                yield outcome
+                if outcome.final:
+                    return

@@ -34,7 +34,6 @@ SKEW_MS = 500.0
 ARRIVAL_MARGIN_S = 1.0
 """A position may take twice the time of the way at its speed, and this much more."""
 RECENT_IDS = 4096  # more than ever wait for one commit
-KINDS = {Kind.ENABLE, Kind.DISABLE, Kind.POSITION, Kind.STOP}
 
 
 class Incoming(NamedTuple):
@@ -83,7 +82,7 @@ class Commander:
         self._time = time
         self._send = send
         self._partitions = {motor.name: motor.partition for motor in config.motors}
-        self._kinds = {motor.partition: protocols.load(motor.protocol).kinds & KINDS for motor in config.motors}
+        self._kinds = {motor.partition: protocols.load(motor.protocol).kinds for motor in config.motors}
         self._recent: OrderedDict[str, CommandState] = OrderedDict()  # perhaps not committed yet
         self._active: list[_Active] = []
         self._numbers = itertools.count(1)

@@ -74,15 +74,28 @@ async def running(client: Any) -> AsyncIterator[Any]:
         await stop(client)
 
 
+@contextlib.asynccontextmanager
+async def _admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(**client_options(kafka))
+    try:
+        await admin.start()
+        yield admin
+    finally:
+        with contextlib.suppress(TimeoutError, KafkaError, OSError):
+            await asyncio.wait_for(admin.close(), STOP_S)
+
+
 async def ensure_topics(config: Config) -> None:
     """Create the arm's topics where they are missing. Raises TopicMismatch if one has too few partitions."""
     assert config.kafka is not None  # noqa: S101  callers have a broker
     needed = 1 + max(motor.partition for motor in config.motors)
     names = [config.topic(topic) for topic in ("telemetry", "events", "outcomes", "commands")]
-    async with running(AIOKafkaAdminClient(**client_options(config.kafka))) as admin:
+    async with _admin(config.kafka) as admin:
         missing = set(names) - set(await admin.list_topics())
         if missing:
-            new = [NewTopic(name, needed, config.kafka.replication_factor) for name in sorted(missing)]
+            # an empty assignment makes aiokafka pass on -1, the broker's own default, which it refuses otherwise
+            factor = config.kafka.replication_factor
+            new = [NewTopic(name, needed, factor, {} if factor == -1 else None) for name in sorted(missing)]
             for name, code, *message in (await admin.create_topics(new)).topic_errors:
                 if code and for_code(code) is not TopicAlreadyExistsError:
                     raise for_code(code)(f"creating topic {name}: {message[0] if message else ''}")
@@ -107,6 +120,15 @@ async def assign(consumer: AIOKafkaConsumer, positions: Mapping[TopicPartition, 
         await consumer.position(tp)
         if offset >= 0:
             consumer.seek(tp, offset)
+
+
+async def partitions_of(kafka: Kafka, topic: str) -> list[TopicPartition]:
+    """All partitions of a topic, in order. Raises TopicMismatch if there is no such topic, and does not create it."""
+    async with _admin(kafka) as admin:
+        if topic in await admin.list_topics():
+            described = await admin.describe_topics([topic])
+            return [TopicPartition(topic, number) for number in range(len(described[0]["partitions"]))]
+    raise TopicMismatch(f"there is no topic {topic} (has the gateway been connected to this broker?)")
 
 
 async def last_records(

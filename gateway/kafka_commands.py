@@ -9,12 +9,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka.errors import KafkaError
 
 from gateway import kafka
 from gateway.commander import Incoming
-from gateway.config import Config
+from gateway.config import Config, Kafka
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ async def follow(
     told = False
     while True:
         try:
-            async with kafka.running(_consumer(config)) as consumer:
-                await _assign(consumer, config.topic("commands"), positions)
+            partitions = await kafka.partitions_of(config.kafka, config.topic("commands"))
+            async with kafka.running(_consumer(config.kafka)) as consumer:
+                await kafka.assign(consumer, {tp: positions.get(tp.partition, -1) for tp in partitions})
                 told = False
                 while True:
                     found = await consumer.getmany(timeout_ms=1000, max_records=MOST_RECORDS)
@@ -41,29 +42,18 @@ async def follow(
                     if records:
                         await handle([_incoming(record) for record in records])
                         positions.update({record.partition: record.offset + 1 for record in records})
-        except (KafkaError, OSError, TimeoutError) as error:
+        except kafka.TopicMismatch:
+            log.debug("the commands topic is not there yet; the publisher makes it")
+        except Exception as error:
             if not told:
-                log.warning("commands from Kafka: %s: %s; trying again", type(error).__name__, error)
                 told = True
+                expected = isinstance(error, KafkaError | OSError | TimeoutError)
+                log.warning("commands from Kafka: %s: %s", type(error).__name__, error, exc_info=not expected)
         await asyncio.sleep(RETRY_S)
 
 
-def _consumer(config: Config) -> AIOKafkaConsumer:
-    assert config.kafka is not None  # noqa: S101  see follow
-    return AIOKafkaConsumer(
-        **kafka.client_options(config.kafka), enable_auto_commit=False, auto_offset_reset="earliest"
-    )
-
-
-async def _assign(consumer: AIOKafkaConsumer, topic: str, positions: Mapping[int, int]) -> None:
-    async with asyncio.timeout(kafka.ANSWER_S):
-        numbers = None
-        while not numbers:  # the topic may be on its way to being created
-            await consumer.topics()
-            numbers = consumer.partitions_for_topic(topic)
-            await asyncio.sleep(0 if numbers else 0.2)
-        starts = {TopicPartition(topic, number): positions.get(number, -1) for number in sorted(numbers)}
-        await kafka.assign(consumer, starts)
+def _consumer(settings: Kafka) -> AIOKafkaConsumer:
+    return AIOKafkaConsumer(**kafka.client_options(settings), enable_auto_commit=False, auto_offset_reset="earliest")
 
 
 def _incoming(record: ConsumerRecord) -> Incoming:

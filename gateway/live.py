@@ -53,10 +53,14 @@ def logging_to(console: Console, *, verbose: bool) -> Iterator[None]:
         handler = logging.StreamHandler(console.file)
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format=form, handlers=[handler], force=True)
-    # its retries while a broker is away come to a hundred lines a second; the publisher tells what matters
-    logging.getLogger("aiokafka").setLevel(logging.INFO if verbose else logging.CRITICAL)
-    logging.getLogger("can").setLevel(logging.WARNING)
+    quieten_libraries(logging.WARNING if verbose else logging.CRITICAL)
     yield
+
+
+def quieten_libraries(level: int) -> None:
+    """aiokafka's retries while a broker is away come to a hundred lines a second; we tell what matters ourselves."""
+    for name in ("aiokafka", "can"):
+        logging.getLogger(name).setLevel(level)
 
 
 def _render(board: Board) -> Group:

@@ -45,11 +45,12 @@ def _bus_spec(config: Config, bus: CanBus | SerialBus, links: Path) -> BusSpec:
 def simulated_buses(
     config: Config, links: Path, *, everything: bool, faults: Path | None = None
 ) -> tuple[SimulatedBusPlan, ...]:
-    """The buses that a simulator process hosts: ``everything``, or all but those that live in a worker's process.
+    """The buses that a simulator process hosts: ``everything``, whatever the configuration says of simulation, or
+    what the gateway needs: nothing without ``[simulation]``, and no bus that lives in a worker's process.
 
     ``faults`` takes the place of the file that is configured.
     """
-    buses = [bus for bus in config.buses if everything or not _is_virtual(bus)]
+    buses = [bus for bus in config.buses if everything or (config.simulation and not _is_virtual(bus))]
     built = [_simulated_bus(config, bus, links, pty=True) for bus in buses]
     return tuple(replace(plan, faults=faults) if faults else plan for plan in built)
 

@@ -50,7 +50,7 @@ class Item(NamedTuple):
     at_ns: int
     key: bytes
     value: bytes
-    headers: tuple[tuple[str, bytes], ...] = ()
+    headers: Sequence[tuple[str, bytes]] = ()
 
 
 class Lane(ABC):
@@ -285,6 +285,9 @@ class Publisher:
                 self._tell("refused", str(error))
             except (KafkaError, OSError, TimeoutError) as error:
                 self._tell("down", f"{type(error).__name__}: {error}")
+            except Exception as error:
+                log.exception("publishing failed; trying again")
+                self._tell("down", f"{type(error).__name__}: {error}")
             if monotonic_ns() - began > RETRY_MOST_S * SECOND:
                 retry_s = RETRY_FIRST_S
             first = False
@@ -363,7 +366,8 @@ class Publisher:
         append = batch.append
         last = None
         for item in lane.take():
-            if append(timestamp=item.at_ns // MS, key=item.key, value=item.value, headers=item.headers) is None:
+            headers = list(item.headers)
+            if append(timestamp=item.at_ns // MS, key=item.key, value=item.value, headers=headers) is None:
                 break
             last = item
         if last is None:

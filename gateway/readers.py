@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord
 
 from gateway import kafka, telemetry
 from gateway.config import Config
@@ -71,14 +71,10 @@ async def read_kafka(config: Config, topic: Topic, start: Start, *, follow: bool
     """Records of the arm's topic, in order within each partition; with ``follow`` never ends."""
     assert config.kafka is not None  # noqa: S101  the command line sees to it
     name = config.topic(topic)
+    partitions = await kafka.partitions_of(config.kafka, name)
     reset = "latest" if start == "latest" else "earliest"
     consumer = AIOKafkaConsumer(**kafka.client_options(config.kafka), enable_auto_commit=False, auto_offset_reset=reset)
     async with kafka.running(consumer):
-        await consumer.topics()
-        numbers = consumer.partitions_for_topic(name)
-        if not numbers:
-            raise kafka.TopicMismatch(f"there is no topic {name} (has the gateway been connected to this broker?)")
-        partitions = [TopicPartition(name, number) for number in sorted(numbers)]
         ends = await consumer.end_offsets(partitions)
         await kafka.assign(consumer, dict.fromkeys(partitions, -1))
         first_seq = start if isinstance(start, int) else 0

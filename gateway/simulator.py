@@ -18,6 +18,9 @@ from drivers.clock import monotonic_ns
 from drivers.motor import Motor
 from drivers.sim.build import FaultsFile, SimulationSettings, build_bus
 from drivers.sim.hosts import Host, PtySerialHost, SlcanHost, VirtualCanHost
+from gateway.realtime import set_realtime
+
+REALTIME_PRIORITY = 21  # above the workers: the motors that it stands for wait for no processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,14 @@ class SimulatedBusPlan:
     settings: SimulationSettings
     faults: Path | None
     elsewhere: tuple[str, ...]  # motors on other buses, which a faults file may name too
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatorPlan:
+    """What the simulator process hosts."""
+
+    buses: tuple[SimulatedBusPlan, ...]
+    realtime: bool
 
 
 def build_host(plan: SimulatedBusPlan) -> Host[Any]:
@@ -49,10 +60,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway decides when to stop
     end = socket.socket(fileno=int(sys.argv[1]))
     end.setblocking(True)
-    plans: tuple[SimulatedBusPlan, ...] = pickle.loads(end.recv(1 << 20))  # noqa: S301  written by our parent
+    plan: SimulatorPlan = pickle.loads(end.recv(1 << 20))  # noqa: S301  written by our parent on a private socket
+    if plan.realtime:
+        set_realtime(REALTIME_PRIORITY)
     with contextlib.ExitStack() as stack:
-        for plan in plans:
-            stack.enter_context(build_host(plan))
+        for bus in plan.buses:
+            stack.enter_context(build_host(bus))
         with contextlib.suppress(ConnectionError):
             end.recv(1)  # nothing is ever sent: returns when the gateway is gone
 

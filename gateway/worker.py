@@ -7,7 +7,6 @@ worker behind, and an order that waited too long in the link is refused by its d
 
 import contextlib
 import gc
-import os
 import pickle
 import select
 import signal
@@ -26,6 +25,7 @@ from drivers.errors import BusError, BusMisconfigured
 from drivers.motor import Motor
 from drivers.notices import BusDown, BusUp, CycleStats
 from gateway.link import WorkerEnd
+from gateway.realtime import set_realtime
 from gateway.simulator import SimulatedBusPlan, build_host
 
 RETRY_FIRST_NS = 100 * MS
@@ -170,15 +170,6 @@ def families(motors: Sequence[Motor]) -> list[Any]:
     return [protocols.load(name)(tuple(group)) for name, group in groupby(ordered, lambda motor: motor.family)]
 
 
-def set_realtime() -> bool:
-    """Ask for SCHED_FIFO; False where the system does not allow it."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(REALTIME_PRIORITY))
-    except OSError:
-        return False
-    return True
-
-
 def main() -> None:
     """Entry of the process: the link's descriptor is the only argument."""
     # Ctrl-C reaches the whole group of processes; the gateway decides when a worker stops
@@ -187,11 +178,11 @@ def main() -> None:
     end.setblocking(True)
     plan: Plan = pickle.loads(end.recv(1 << 20))  # noqa: S301  written by our parent on a private socket
     end.setblocking(False)
+    if plan.realtime:
+        set_realtime(REALTIME_PRIORITY)
     with contextlib.ExitStack() as stack:
         if plan.simulation is not None:
             stack.enter_context(build_host(plan.simulation))
-        if plan.realtime:
-            set_realtime()
         gc.freeze()
         Worker(plan, WorkerEnd(end)).run()
 

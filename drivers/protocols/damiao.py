@@ -496,7 +496,7 @@ def _common_feedback(raw: RawFeedback) -> Feedback:
         temperature_c=float(raw.rotor_c),
         torque_nm=raw.torque_nm,
         status=int(_COMMON.get(raw.state, Status.FAULT_OTHER)),
-        vendor_error=raw.state,
+        vendor_error=raw.state if raw.state >= 8 else 0,  # 0 and 1 are no errors: disabled, enabled
     )
 
 

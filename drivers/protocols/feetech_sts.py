@@ -370,7 +370,7 @@ class FeetechSts(Family[bytes, Packet]):
         _check_mode(state)
         yield from self._write_goal(bus_id, state.present)
         yield from self._write_torque(bus_id, on=True)
-        return f"torque is on, holding {state.present} step"
+        return f"enabled, holding {decode_position(state.present):.4f} rad"
 
     def _move(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, str]:
         if not (isfinite(order.value) and isfinite(order.velocity_rad_s) and order.velocity_rad_s >= 0):
@@ -386,7 +386,7 @@ class FeetechSts(Family[bytes, Packet]):
         if state.torque_enable != 1:
             raise MotorRefused("not_enabled", f"torque enable (register 40) is {state.torque_enable}")
         yield from self._write_goal(bus_id, goal, speed)
-        return f"goal {goal} step at {speed} step/s"
+        return f"going to {decode_position(goal):.4f} rad at {speed * RAD_PER_STEP:.4f} rad/s"
 
     def _stop(self, bus_id: int) -> Procedure[bytes, Packet, str]:
         state = yield from self._read_state(bus_id)
@@ -394,7 +394,7 @@ class FeetechSts(Family[bytes, Packet]):
             return "torque is off already"
         _check_mode(state)
         yield from self._write_goal(bus_id, state.present)
-        return f"holding {state.present} step"
+        return f"holding {decode_position(state.present):.4f} rad"
 
     def _read_state(self, bus_id: int) -> Procedure[bytes, Packet, State]:
         params = (yield _read(bus_id, STATE)).get(bus_id)
