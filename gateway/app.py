@@ -37,9 +37,9 @@ from gateway.commander import Commander
 from gateway.config import Config
 from gateway.event_time import EventTime
 from gateway.events import ARM, EventType, make_event
-from gateway.journal import Journal, JournalReader, Lost
+from gateway.journal import Journal, JournalReader, Lost, set_aside
 from gateway.kafka import TopicMismatch
-from gateway.publisher import Publisher
+from gateway.publisher import JournalBehind, Publisher
 from gateway.simulator import SimulatorPlan
 from gateway.state_dir import StateDir
 from gateway.workers import Worker, keep_running
@@ -72,7 +72,9 @@ class Gateway:
         self._workers = {bus.name: Worker(bus.name, worker_plans[bus.name], self) for bus in config.buses}
         self._owners = {motor.partition: self._workers[motor.bus] for motor in config.motors}
         self._publisher = (
-            Publisher(config, self._reader, self._writer.published, self._kafka_changed) if config.kafka else None
+            Publisher(config, self._reader, dict(journal.heads), self._writer.published, self._kafka_changed)
+            if config.kafka
+            else None
         )
         self._stop = asyncio.Event()
 
@@ -305,7 +307,49 @@ async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     for result in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(result, Exception) and not isinstance(result, TopicMismatch):
+        if isinstance(result, Exception) and not isinstance(result, TopicMismatch | JournalBehind):
+            log.error("while stopping: %s", result)
+
+
+async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None) -> None:
+    """Lock the state directory and run the arm's gateway until SIGINT or SIGTERM; ``ready`` runs beside it.
+
+    Raises StateDirError, JournalError, ConfigError or TopicMismatch for what only its user can mend.
+    """
+    state = StateDir(config.arm.state_dir)
+    with state.locked():
+        while True:
+            try:
+                return await _run_once(Gateway(config, state), ready)
+            except JournalBehind as error:
+                set_aside(state.journal, f"lost its newest records ({error})")
+
+
+async def _run_once(gateway: Gateway, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, gateway.stop)
+    beside = asyncio.create_task(ready(gateway)) if ready else None
+    try:
+        await gateway.run()
+    finally:
+        if beside:
+            await _cancel([beside])
+
+
+async def _run_when_there(worker: Worker, links: Sequence[Path]) -> None:
+    """Run a worker once the simulated motors are there, if it is one of theirs."""
+    mine = [link for link in links if link.name == worker.bus]
+    while not all(link.exists() for link in mine):  # noqa: ASYNC110  another process makes it
+        await asyncio.sleep(0.02)
+    await worker.run()
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, Exception) and not isinstance(result, TopicMismatch | JournalBehind):
             log.error("while stopping: %s", result)
 
 

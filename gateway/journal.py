@@ -127,8 +127,7 @@ class Journal:
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise JournalError(f"journal {path}: {error}") from error
-            aside = _set_aside(path)
-            log.error("journal %s cannot be read (%s): set aside as %s, a new stream begins", path, error, aside)
+            set_aside(path, f"cannot be read ({error})")
             self._db = self._open(path, arm)
         self.path = path
         self.stream = int.from_bytes(self._one("SELECT stream FROM stream"), "little")
@@ -341,6 +340,11 @@ class JournalReader:
         """{partition: next offset to read} of a source of commands."""
         return dict(self._db.execute("SELECT partition, next FROM inbox WHERE source = ?", (source,)))
 
+    def newest_entries(self) -> dict[tuple[str, int], int]:
+        """{(topic, partition): newest seq} of events and outcomes."""
+        rows = self._db.execute("SELECT topic, partition, max(seq) FROM entries GROUP BY topic, partition").fetchall()
+        return {(topic, partition): seq for topic, partition, seq in rows}
+
     def published(self) -> dict[tuple[str, int], tuple[int, int]]:
         """{(topic, partition): (seq, row id)} that the broker has acknowledged."""
         rows = self._db.execute("SELECT topic, partition, seq, id FROM published").fetchall()
@@ -378,12 +382,13 @@ def _ranges(batches: Iterable[Records]) -> list[Lost]:
     return [Lost(partition, *span) for partition, span in ranges.items()]
 
 
-def _set_aside(path: Path) -> Path:
-    """Rename a journal (and its WAL files) to a name that is free."""
-    number = next(n for n in range(1, 10_000) if not path.with_suffix(f".damaged-{n}").exists())
-    aside = path.with_suffix(f".damaged-{number}")
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a journal (and its WAL files) to a name that is free, so that a new stream begins. Never deletes one."""
+    number = next(n for n in range(1, 10_000) if not path.with_suffix(f".aside-{n}").exists())
+    aside = path.with_suffix(f".aside-{number}")
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)
         if part.exists():
             part.rename(aside.with_name(aside.name + suffix))
+    log.error("journal %s %s: set aside as %s, a new stream begins", path, why, aside)
     return aside

@@ -14,7 +14,7 @@ import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -27,6 +27,7 @@ from drivers.clock import MS, SECOND, after, left_s, monotonic_ns
 from gateway import kafka, telemetry
 from gateway.config import Config
 from gateway.journal import Batch, JournalReader, StoredEntry
+from gateway.stamp import Head
 from gateway.telemetry import Records
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,13 @@ SEQ_HEADER = "servo-seq"  # stream and seq of a record whose value has no place 
 
 class ForeignRecord(Exception):
     """Somebody else writes to the arm's partitions."""
+
+
+class JournalBehind(Exception):
+    """The broker holds more of our stream than the journal: the journal lost its newest records, as in a power cut.
+
+    Numbers would be given twice; a new stream has to begin.
+    """
 
 
 class Item(NamedTuple):
@@ -218,7 +226,7 @@ class EntryLane(Lane):
 class Publisher:
     """Keeps the arm's telemetry, events and outcomes flowing to the broker.
 
-    ``bookmark`` is called with (topic, partition, seq, row) as the broker acknowledges; ``changed`` with the state
+    ``heads`` are the newest records that the journal held when this run began. ``bookmark`` is called with (topic, partition, seq, row) as the broker acknowledges; ``changed`` with the state
     (``up``, ``down``, ``refused``) and what is wrong, when that changes.
     """
 
@@ -226,6 +234,7 @@ class Publisher:
         self,
         config: Config,
         reader: JournalReader,
+        heads: Mapping[int, Head],
         bookmark: Callable[[str, int, int, int], None],
         changed: Callable[[str, str], None],
     ) -> None:
@@ -248,6 +257,8 @@ class Publisher:
             for motor in config.motors
         }
         self._lanes: list[Lane] = [*self._telemetry_lanes.values(), *self._entry_lanes.values()]
+        self._held_at_start = {("telemetry", p): head.seq for p, head in heads.items()} | reader.newest_entries()
+        self._went_behind_tails = False
         self._wake = asyncio.Event()
         self._failure: BaseException | None = None
         self.state = "down"
@@ -270,7 +281,10 @@ class Publisher:
     # -- sessions ------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Publish until cancelled. Raises TopicMismatch if the broker's first answer is that the topics do not fit."""
+        """Publish until cancelled.
+
+        Raises TopicMismatch if the broker's first answer is that the topics do not fit, and JournalBehind.
+        """
         retry_s = RETRY_FIRST_S
         first = True
         while True:
@@ -281,6 +295,8 @@ class Publisher:
                 if first:
                     raise
                 self._tell("refused", str(error))
+            except JournalBehind:
+                raise
             except ForeignRecord as error:
                 self._tell("refused", str(error))
             except (KafkaError, OSError, TimeoutError) as error:
@@ -337,6 +353,12 @@ class Publisher:
                 stream, tail_seq = lane.seq_of(record)
                 if stream != self._reader.stream:
                     tail_seq = 0
+                held = self._held_at_start.get((lane.name, lane.partition), 0)
+                if not self._went_behind_tails and tail_seq > held:
+                    raise JournalBehind(
+                        f"topic {tp.topic}, partition {tp.partition} holds seq {tail_seq} of stream {stream}, the "
+                        f"journal began this run at {held}"
+                    )
                 if tail_seq < seq:  # the broker forgot what it had acknowledged, or is another one
                     log.warning("%s: ends at seq %d, was acknowledged up to %d: sent again", tp, tail_seq, seq)
                     row = 0
@@ -345,6 +367,7 @@ class Publisher:
                 lane.acknowledged(0, 0)
             else:  # everything has expired there
                 lane.acknowledged(seq, row)
+        self._went_behind_tails = True
 
     # -- the flow ------------------------------------------------------------------------------------------------
 
