@@ -85,7 +85,7 @@ class Gateway:
     async def run(self) -> None:
         """Run until ``stop``. Raises TopicMismatch if the broker is there and its topics do not fit the arm."""
         self._writer.start(self, asyncio.get_running_loop())
-        self._event(EventType.GATEWAY_STARTED, stream=str(self.stream), motors=len(self._config.motors))
+        self._event(EventType.GATEWAY_STARTED, stream=self.stream, motors=len(self._config.motors))
         self._commander.finish_interrupted()
         try:
             async with self._tasks() as tasks:
@@ -106,31 +106,28 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _tasks(self) -> AsyncIterator[list[asyncio.Task[None]]]:
-        """Every part that runs by itself: the publisher is stopped last, after the buses."""
+        """Every part that runs by itself; all are stopped together, but simulated motors outlive those who poll them."""
         handle = self._commander.handle
         local_start = self._reader.inbox(local_commands.SOURCE).get(0, 1)
-        first = [local_commands.follow(self._state.commands, local_start, handle), self._tick()]
-        if self._config.kafka:
+        parts = [self._tick(), local_commands.follow(self._state.commands, local_start, handle)]
+        if self._publisher:
             starts = self._reader.inbox(kafka_commands.SOURCE)
-            first.append(kafka_commands.follow(self._config, starts, handle))
-        last: list[Coroutine[Any, Any, None]] = []
+            parts += [self._publisher.run(), kafka_commands.follow(self._config, starts, handle)]
         # links of a killed run lead to terminals that may be somebody else's by now
         shutil.rmtree(self._state.simulated, ignore_errors=True)
         simulated = plans.simulated_buses(self._config, self._state.simulated, everything=False)
+        links = [Path(plan.where) for plan in simulated]
+        parts += [_run_when_there(worker, links) for worker in self._workers.values()]
+        tasks = [asyncio.create_task(part) for part in parts]
+        motors = []
         if simulated:
             plan = SimulatorPlan(simulated, self._config.arm.realtime)
-            last.append(keep_running("gateway.simulator", plan, log.error))
-        links = [Path(plan.where) for plan in simulated]
-        first += [_run_when_there(worker, links) for worker in self._workers.values()]
-        if self._publisher:
-            last.append(self._publisher.run())
-        commanding_and_polling = [asyncio.create_task(part) for part in first]
-        the_rest = [asyncio.create_task(part) for part in last]
+            motors.append(asyncio.create_task(keep_running("gateway.simulator", plan, log.error)))
         try:
-            yield [*commanding_and_polling, *the_rest]
+            yield [*tasks, *motors]
         finally:
-            await _cancel(commanding_and_polling)
-            await _cancel(the_rest)
+            await _cancel(tasks)
+            await _cancel(motors)
 
     async def _tick(self) -> None:
         """What is due a few times a second."""
@@ -274,7 +271,7 @@ class Gateway:
         for partition, from_seq, to_seq in lost:
             if view := self.board.motors.get(partition):
                 self._event(
-                    EventType.TELEMETRY_GAP, view, stream=str(self.stream), from_seq=from_seq, to_seq=to_seq,
+                    EventType.TELEMETRY_GAP, view, stream=self.stream, from_seq=from_seq, to_seq=to_seq,
                     count=to_seq - from_seq + 1, reason="journal full",
                 )  # fmt: skip
 
@@ -293,22 +290,6 @@ class Gateway:
         kind = {"up": EventType.KAFKA_UP, "down": EventType.KAFKA_DOWN, "refused": EventType.KAFKA_REFUSED}[state]
         (log.info if state == "up" else log.error)("kafka: %s %s", state, detail)
         self._event(kind, detail=detail)
-
-
-async def _run_when_there(worker: Worker, links: Sequence[Path]) -> None:
-    """Run a worker once the simulated motors are there, if it is one of theirs."""
-    mine = [link for link in links if link.name == worker.bus]
-    while not all(link.exists() for link in mine):  # noqa: ASYNC110  another process makes it
-        await asyncio.sleep(0.02)
-    await worker.run()
-
-
-async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    for result in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(result, Exception) and not isinstance(result, TopicMismatch | JournalBehind):
-            log.error("while stopping: %s", result)
 
 
 async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None) -> None:
@@ -351,22 +332,3 @@ async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(result, Exception) and not isinstance(result, TopicMismatch | JournalBehind):
             log.error("while stopping: %s", result)
-
-
-async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None) -> None:
-    """Lock the state directory and run the arm's gateway until SIGINT or SIGTERM; ``ready`` runs beside it.
-
-    Raises StateDirError, JournalError, ConfigError or TopicMismatch for what only its user can mend.
-    """
-    state = StateDir(config.arm.state_dir)
-    with state.locked():
-        gateway = Gateway(config, state)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, gateway.stop)
-        beside = asyncio.create_task(ready(gateway)) if ready else None
-        try:
-            await gateway.run()
-        finally:
-            if beside:
-                await _cancel([beside])

@@ -226,8 +226,9 @@ class EntryLane(Lane):
 class Publisher:
     """Keeps the arm's telemetry, events and outcomes flowing to the broker.
 
-    ``heads`` are the newest records that the journal held when this run began. ``bookmark`` is called with (topic, partition, seq, row) as the broker acknowledges; ``changed`` with the state
-    (``up``, ``down``, ``refused``) and what is wrong, when that changes.
+    ``heads`` are the newest records that the journal held when this run began. ``bookmark`` is called with (topic,
+    partition, seq, row) as the broker acknowledges; ``changed`` with the state (``up``, ``down``, ``refused``) and what
+    is wrong, when that changes.
     """
 
     def __init__(
