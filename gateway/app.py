@@ -66,7 +66,7 @@ class Gateway:
         self._writer = LogWriter(journal, self._time, config.journal.flush_ms, published=config.kafka is not None)
         self._reader = JournalReader(state.journal)
         self.stream = journal.stream
-        self.board = Board(config, self._time)
+        self.board = Board(config, self._time, journal.path)
         self._commander = Commander(config, self._reader, self._writer, self.board, self._time, self._send)
         worker_plans = plans.worker_plans(config, state.simulated)
         self._workers = {bus.name: Worker(bus.name, worker_plans[bus.name], self) for bus in config.buses}
@@ -106,7 +106,7 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _tasks(self) -> AsyncIterator[list[asyncio.Task[None]]]:
-        """Every part that runs by itself; all are stopped together, but simulated motors outlive those who poll them."""
+        """Every part that runs by itself; all are stopped together, but simulated motors after those who poll them."""
         handle = self._commander.handle
         local_start = self._reader.inbox(local_commands.SOURCE).get(0, 1)
         parts = [self._tick(), local_commands.follow(self._state.commands, local_start, handle)]

@@ -5,6 +5,7 @@ Read by the live view, the status file and the commander; nothing that is acted 
 
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from drivers.clock import SECOND, monotonic_ns
@@ -70,8 +71,9 @@ class BusView:
 class Board:
     """All motors by partition, all buses by name, and the broker."""
 
-    def __init__(self, config: Config, time: EventTime) -> None:
+    def __init__(self, config: Config, time: EventTime, journal: Path) -> None:
         self._time = time
+        self.journal = journal
         self.arm = config.arm.name
         self.motors = {motor.partition: MotorView(motor) for motor in config.motors}
         self.buses = {bus.name: BusView(bus.name, bus.rate_hz) for bus in config.buses}
@@ -123,7 +125,7 @@ class Board:
             "arm": self.arm,
             "at_ns": self._time.now(),
             "kafka": {"state": self.kafka, "detail": self.kafka_detail},
-            "journal": {"detail": self.journal_detail},
+            "journal": {"path": str(self.journal), "detail": self.journal_detail},
             "buses": [self._bus(view) for view in self.buses.values()],
             "motors": [self._motor(view) for _, view in sorted(self.motors.items())],
         }

@@ -98,10 +98,16 @@ class Commander:
 
     async def handle(self, records: Sequence[Incoming]) -> None:
         """Check records in their order, write down the accepted ones with one commit, and send them on."""
-        accepted = [active for record in records if (active := self._admit(record))]
-        if accepted:
+        waiting = []
+        for record in records:
+            if active := self._admit(record):
+                if active.command.kind in {Kind.STOP, Kind.DISABLE}:
+                    self._dispatch(active)  # ends a motion: harmless if repeated, and must not wait for a sick disk
+                else:
+                    waiting.append(active)
+        if waiting:
             await self._writer.durable()
-        for active in accepted:
+        for active in waiting:
             self._dispatch(active)
 
     def _admit(self, record: Incoming) -> _Active | None:

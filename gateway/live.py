@@ -104,9 +104,11 @@ def _footer(board: Board) -> list[Text]:
         for bus in board.buses.values()
         if not bus.up
     ]
-    if board.journal_detail:
-        footer.append(Text(f"journal: {board.journal_detail}", "bold red"))
+    footer.append(
+        Text(f"journal {board.journal} {board.journal_detail}", "bold red" if board.journal_detail else "dim")
+    )
     if board.kafka != "not used":
         style = "green" if board.kafka == "up" else "bold red"
         footer.append(Text(f"kafka {board.kafka} {board.kafka_detail}", style))
+    footer.append(Text("Ctrl-C stops", "dim"))
     return footer
