@@ -12,7 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 from aiokafka.helpers import create_ssl_context
 
-from gateway.config import Config, Kafka
+from gateway.config import Config, ConfigError, Fault, Kafka
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +40,15 @@ def client_options(kafka: Kafka) -> dict[str, Any]:
 
 
 def _ssl_context(kafka: Kafka) -> ssl.SSLContext:
-    context: ssl.SSLContext = create_ssl_context(
-        cafile=str(kafka.ssl_cafile) if kafka.ssl_cafile else None,
-        certfile=str(kafka.ssl_certfile) if kafka.ssl_certfile else None,
-        keyfile=str(kafka.ssl_keyfile) if kafka.ssl_keyfile else None,
-        password=kafka.ssl_keyfile_password(),
-    )
+    files = {name: getattr(kafka, name) for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile")}
+    password = kafka.ssl_keyfile_password()
+    try:
+        context: ssl.SSLContext = create_ssl_context(
+            password=password, **{name.removeprefix("ssl_"): str(path) for name, path in files.items() if path}
+        )
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        named = ", ".join(f"{name} {path}" for name, path in files.items() if path)
+        raise ConfigError("kafka", [Fault("kafka", None, f"TLS cannot be set up with {named}: {error}")]) from error
     return context
 
 

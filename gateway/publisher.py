@@ -241,6 +241,7 @@ class Publisher:
     ) -> None:
         assert config.kafka is not None  # noqa: S101  the composition root makes no publisher otherwise
         self._config = config
+        self._options = kafka.client_options(config.kafka)  # raises ConfigError for a secret that is not there
         self._reader = reader
         self._bookmark = bookmark
         self._changed = changed
@@ -326,24 +327,26 @@ class Publisher:
             self._changed(state, detail)
 
     async def _session(self) -> None:
-        assert self._config.kafka is not None  # noqa: S101  see __init__
-        options = kafka.client_options(self._config.kafka)
         await kafka.ensure_topics(self._config)
         async with kafka.running(
             AIOKafkaProducer(
-                **options, enable_idempotence=True, acks="all", max_batch_size=BATCH_BYTES, request_timeout_ms=10_000
+                **self._options,
+                enable_idempotence=True,
+                acks="all",
+                max_batch_size=BATCH_BYTES,
+                request_timeout_ms=10_000,
             )
         ) as producer:
-            await self._go_behind_tails(options)
+            await self._go_behind_tails()
             self._failure = None
             self._tell("up", "")
             await self._publish(producer)
 
-    async def _go_behind_tails(self, options: dict[str, Any]) -> None:
+    async def _go_behind_tails(self) -> None:
         """Ask every partition what it holds, and set each lane behind that."""
         bookmarks = self._reader.published()
         lanes = {TopicPartition(lane.topic, lane.partition): lane for lane in self._lanes}
-        async with kafka.running(AIOKafkaConsumer(**options, enable_auto_commit=False)) as consumer:
+        async with kafka.running(AIOKafkaConsumer(**self._options, enable_auto_commit=False)) as consumer:
             tails = await kafka.last_records(consumer, lanes)
         for tp, (end, record) in tails.items():
             lane = lanes[tp]
