@@ -37,8 +37,9 @@ from drivers.notices import (
 REFRESH_NS = SECOND
 RETRY_FIRST_NS = 50 * MS
 RETRY_MOST_NS = 500 * MS
-STEP_LEAST_NS = 1 * MS  # less than this is no time for an exchange
+STEP_LEAST_NS = 1 * MS  # less than this is no time for an exchange, on any bus
 STARVED_CYCLES = 50  # a bus without slack still looks after its background this often
+STARVED_ORDER_CYCLES = 2  # and after its orders this often
 ORDERS_PER_MOTOR = 8
 
 
@@ -87,6 +88,7 @@ class _Job:
     procedure: Procedure[Any, Any, Any]
     exchange: Exchange[Any, Any] | None = None  # the next one to perform
     ticket: Ticket | None = None
+    connects: bool = False
 
 
 class Cycle(Generic[W]):
@@ -110,6 +112,7 @@ class Cycle(Generic[W]):
         self._order_job: _Job | None = None
         self._background: deque[_Job] = deque()
         self._starved = 0
+        self._starved_orders = 0
         self._notices: list[AnyNotice] = []
         self.strays = 0
 
@@ -123,7 +126,8 @@ class Cycle(Generic[W]):
 
     def poll(self, start: MonotonicNs) -> NDArray[np.void]:
         """Ask every motor that is online; its samples, dtype SAMPLE, one a motor at most."""
-        end = after(start, self._timing.period_ns - STEP_LEAST_NS // 2)
+        period_ns = self._timing.period_ns
+        end = after(start, period_ns - min(STEP_LEAST_NS // 2, period_ns // 10))
         self._drain()
         rows: list[tuple[Any, ...]] = []
         for number, (family, tracked) in enumerate(zip(self._families, self._by_family, strict=True)):
@@ -182,7 +186,8 @@ class Cycle(Generic[W]):
     def _drain(self) -> None:
         """Drop what arrived outside an exchange: a late reply must not pass for the next one."""
         late = False
-        while received := self._bus.receive(MonotonicNs(0)):
+        end = after(monotonic_ns(), self._timing.period_ns // 4)  # a flooded bus is never empty
+        while (received := self._bus.receive(MonotonicNs(0))) and monotonic_ns() < end:
             late = True
             self.strays += sum(1 for family in self._families for _ in family.unpack(received.unit))
         if late:
@@ -203,7 +208,9 @@ class Cycle(Generic[W]):
         end: MonotonicNs,
     ) -> list[tuple[Any, ...]]:
         sent_ns = monotonic_ns()
-        deadline = MonotonicNs(min(end, sent_ns + self._allowance(number)))
+        # a late start, or a silent motor of the family before, must not leave it no time at all
+        least_ns = sent_ns + 2 * self._typical_ns[number]
+        deadline = MonotonicNs(max(least_ns, min(end, sent_ns + self._allowance(number))))
         replies = self._perform(family, exchange, deadline)
         if len(replies) == len(exchange.expects):
             self._typical_ns[number] += (monotonic_ns() - sent_ns - self._typical_ns[number]) // 16
@@ -280,6 +287,10 @@ class Cycle(Generic[W]):
                     replies[reply[0]] = (reply[1], received.at_ns)
         return replies
 
+    def _least(self, tracked: _Tracked) -> int:
+        """Less than this is no time for an exchange: what polls of this family are seen to take."""
+        return max(STEP_LEAST_NS, self._typical_ns[self._families.index(tracked.family)])
+
     def _step(self, job: _Job, deadline: MonotonicNs) -> tuple[bool, Any]:
         """Perform the job's next exchange. (True, result) when its procedure has ended."""
         try:
@@ -295,8 +306,18 @@ class Cycle(Generic[W]):
     # -- orders --------------------------------------------------------------------------------------------------
 
     def _step_order(self, until: MonotonicNs) -> bool:
+        if not self._order_job and not self._orders:
+            self._starved_orders = 0
+            return False
+        least_ns = self._least(self._order_job.tracked if self._order_job else self._tracked[self._orders[0].motor])
+        if until - monotonic_ns() < least_ns:
+            self._starved_orders += 1
+            if self._starved_orders < STARVED_ORDER_CYCLES:
+                return False
+        self._starved_orders = 0
+        until = MonotonicNs(max(until, monotonic_ns() + 2 * least_ns))  # a reply that is on its way is waited for
         job = self._order_job or self._next_order()
-        if job is None or until - monotonic_ns() < STEP_LEAST_NS:
+        if job is None:
             return False
         ticket = job.ticket
         assert ticket is not None  # noqa: S101  order jobs are made in _next_order only
@@ -338,7 +359,7 @@ class Cycle(Generic[W]):
             bus_id = tracked.motor.bus_id
             if not tracked.online:
                 tracked.connecting = True
-                self._background.append(_Job(tracked, tracked.family.connect(bus_id)))
+                self._background.append(_Job(tracked, tracked.family.connect(bus_id), connects=True))
             else:
                 tracked.due_ns = now + REFRESH_NS
                 if procedure := tracked.family.refresh(bus_id):
@@ -348,11 +369,12 @@ class Cycle(Generic[W]):
         if not self._background:
             self._starved = 0
             return False
-        if until - monotonic_ns() < STEP_LEAST_NS:
+        least_ns = self._least(self._background[0].tracked)
+        if until - monotonic_ns() < least_ns:
             self._starved += 1
             if self._starved < STARVED_CYCLES:
                 return False
-            until = after(monotonic_ns(), 2 * STEP_LEAST_NS)
+            until = after(monotonic_ns(), 2 * least_ns)
         self._starved = 0
         job = self._background[0]
         try:
@@ -361,7 +383,7 @@ class Cycle(Generic[W]):
             ended, result = True, refusal
         if ended:
             self._background.popleft()
-            if job.tracked.connecting:
+            if job.connects:
                 self._connected(job.tracked, result)
         return True
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order
+from drivers.motor import Kind, Motor, MotorInfo, Order
 
 Medium = Literal["can", "serial"]
 
@@ -28,6 +28,10 @@ class CanFrame:
 
     def __str__(self) -> str:
         return f"{self.can_id:03X}#{self.data.hex().upper()}"
+
+
+CAN_FRAME_BITS = 111
+"""A standard frame of eight bytes with the pause behind it, without stuff bits: on the wire it is never shorter."""
 
 
 W = TypeVar("W", bytes, CanFrame)
@@ -63,10 +67,21 @@ class Family(ABC, Generic[W, P]):
     medium: ClassVar[Medium]
     bus_ids: ClassVar[range]  # addresses that a motor of this family may have
     kinds: ClassVar[frozenset[Kind]]  # what its motors can be told
-    Options: ClassVar[type | None] = None  # frozen dataclass of extra keys in the motor's configuration
+    Options: ClassVar[type | None] = None
+    """Frozen dataclass of extra keys in a motor's configuration; raises ValueError for a value that cannot be."""
 
     def __init__(self, motors: Sequence[Motor]) -> None:
         self.motors = {motor.bus_id: motor for motor in motors}
+
+    @classmethod
+    @abstractmethod
+    def poll_bits(cls, motors: int) -> int:
+        """Bits on the wire, at the least, that polling so many motors takes: requests and replies."""
+
+    @classmethod
+    def clashes(cls, motors: Sequence[Motor]) -> Iterable[tuple[Motor, str, str]]:  # noqa: ARG003  as in refresh
+        """What must not be configured for these motors of one bus: (motor, key of its configuration, why)."""
+        return ()
 
     @abstractmethod
     def unpack(self, unit: W) -> Iterable[P]:
@@ -106,5 +121,5 @@ def run_with_replies(procedure: Procedure[W, P, T], replies: Sequence[Mapping[in
 
 
 __all__ = [
-    "CanFrame", "Exchange", "Family", "Feedback", "Medium", "Procedure", "Reply", "run_with_replies",
+    "CAN_FRAME_BITS", "CanFrame", "Exchange", "Family", "Medium", "Procedure", "Reply", "run_with_replies",
 ]  # fmt: skip

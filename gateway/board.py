@@ -95,6 +95,7 @@ class Board:
             view.temperature_c = float(record["temperature_c"])
             view.status = Status(int(record["status"]))
             view.vendor_error = int(record["vendor_error"])
+            view.late = False  # it has answered again; late is told anew for the next episode
             views.append(view)
         return views
 

@@ -121,7 +121,7 @@ class Commander:
         if refusal := self._refusal(command):
             state, reason, detail = refusal
             outcome = self._outcome(command, state, read_at_ns, reason, detail)
-            if reason is Reason.DUPLICATE:  # what is remembered of the id stays as it is
+            if reason is Reason.DUPLICATE or self._seen(command.id):  # what is remembered of the id stays as it is
                 self._writer.read_upto(outcome.entry(self._partition(command.motor)), record.inbox)
             else:
                 self._conclude(outcome, record)
@@ -165,7 +165,7 @@ class Commander:
         addressed = self._addressed(command)
         if unsupported := self._unsupported(command, addressed):
             return State.REJECTED, Reason.UNSUPPORTED, unsupported
-        if seen := self._recent.get(command.id) or self._journal.command(command.id):
+        if seen := self._seen(command.id):
             return State.REJECTED, Reason.DUPLICATE, f"id {command.id!r} was used before, at {seen.at_ns} ns"
         age_ms = wall_age_ms(command.issued_at_ns)
         if age_ms > command.ttl_ms:
@@ -182,6 +182,9 @@ class Commander:
             if refusal := _beyond(command, view):
                 return refusal
         return None
+
+    def _seen(self, command_id: str) -> CommandState | None:
+        return self._recent.get(command_id) or self._journal.command(command_id)
 
     def _unsupported(self, command: Command, addressed: Sequence[int]) -> str | None:
         if command.targets is not None:

@@ -76,7 +76,7 @@ def decode_command(raw: bytes) -> Command:
         raise Unreadable(f"the record has {len(raw)} bytes, at most {MOST_BYTES} are read")
     try:
         found: Any = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError are ValueErrors
         raise Unreadable(f"not JSON: {error}") from error
     if not isinstance(found, dict):
         raise Unreadable(f"must be a JSON object, is {type(found).__name__}")
@@ -94,6 +94,8 @@ def decode_command(raw: bytes) -> Command:
 
 def _check(command: Command) -> None:
     """What the types cannot say."""
+    if abs(command.issued_at_ns) >= 1 << 63:
+        raise ValueError("issued_at_ns: must be nanoseconds since 1970, within 64 bits")
     if not 0 < command.ttl_ms <= MOST_TTL_MS:
         raise ValueError(f"ttl_ms = {command.ttl_ms:g}: must be above 0 and at most {MOST_TTL_MS}")
     if command.targets is not None:

@@ -39,15 +39,15 @@ class EventTime:
         now = self._monotonic()
         wall_offset = self._wall() - now
         change = wall_offset - self._wall_offset
-        self._offset = max(wall_offset, self._offset - (now - self._read_at) // 2)
+        self._offset = max(wall_offset, int(self.of(np.array(now))) - now)  # where it stands, or further on
         self._read_at, self._wall_offset = now, wall_offset
         return change if abs(change) > STEP_NS else 0
 
     def of(self, at_ns: NDArray[np.int64]) -> NDArray[np.int64]:
         """Event times of monotonic times."""
-        times = at_ns + self._offset
-        if self._offset > self._wall_offset:  # ahead of the wall clock: at half speed since the last reading
-            times -= np.maximum(at_ns - self._read_at, 0) // 2
+        # ahead of the wall clock: at half speed since the last reading, until it has caught up
+        ahead = self._offset - np.maximum(at_ns - self._read_at, 0) // 2
+        times: NDArray[np.int64] = at_ns + np.maximum(self._wall_offset, ahead)
         return times
 
     def now(self) -> EpochNs:

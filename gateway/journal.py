@@ -122,17 +122,23 @@ class Journal:
         A file that SQLite cannot read is set aside under a new name, never deleted, and a new stream begins.
         """
         self._max_bytes = max_bytes
-        try:
-            self._db = self._open(path, arm)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise JournalError(f"journal {path}: {error}") from error
-            set_aside(path, f"cannot be read ({error})")
-            self._db = self._open(path, arm)
         self.path = path
-        self.stream = int.from_bytes(self._one("SELECT stream FROM stream"), "little")
-        self._check_motors(motors)
-        self.heads = self._recover_heads(motors)
+        try:
+            self._recover(path, arm, motors)
+        except sqlite3.OperationalError as error:
+            raise JournalError(f"journal {path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            set_aside(path, f"cannot be read ({error})")
+            self._recover(path, arm, motors)
+
+    def _recover(self, path: Path, arm: str, motors: Mapping[int, str]) -> None:
+        self._db = self._open(path, arm)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._db.close)
+            self.stream = int.from_bytes(self._one("SELECT stream FROM stream"), "little")
+            self._check_motors(motors)
+            self.heads = self._recover_heads(motors)
+            undo.pop_all()
 
     def _open(self, path: Path, arm: str) -> sqlite3.Connection:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=2.0)
@@ -200,17 +206,22 @@ class Journal:
 
         Raises sqlite3.Error and has written nothing: try again, the same changes are still good.
         """
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._transaction():
             row = self._write(changes)
-            self._db.execute("COMMIT")
-        except sqlite3.Error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
         if changes.telemetry is not None:
             _advance(self.heads, changes.telemetry)
         return row
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
 
     def _write(self, changes: Changes) -> int | None:
         execute, many = self._db.execute, self._db.executemany
@@ -237,24 +248,23 @@ class Journal:
         """Write down the heads, so that the next start reads only what comes after: once a second is enough."""
         newest = self._db.execute("SELECT max(id) FROM telemetry").fetchone()[0] or 0
         rows = [(partition, *head, newest) for partition, head in self.heads.items()]
-        self._db.executemany("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, ?)", rows)
+        with self._transaction():  # all or none: the start reads on behind the newest of these rows
+            self._db.executemany("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, ?)", rows)
 
     def trim(self, *, published: bool) -> list[Lost]:
         """Hold the size: remove the oldest batches when it nears the bound, acknowledged or not.
 
         ``published``: whether batches have to be acknowledged by a broker at all. Returns what was removed without.
         """
-        if self._used_bytes() <= self._max_bytes:
+        used_bytes = self._used_bytes()
+        if used_bytes <= self._max_bytes:
             return []
         first, last = self._db.execute("SELECT min(id), max(id) FROM telemetry").fetchone()
         if first == last:  # the newest row stays: ids go on from it
             return []
-        upto = min(first + max(1, (last - first) // 50), first + _TRIM_ROWS, last - 1)
-        acknowledged = upto
-        if published:
-            row = self._db.execute("SELECT min(id) FROM published WHERE topic = 'telemetry'").fetchone()
-            acknowledged = row[0] or 0
-        lost = _ranges(b.records for b in batches_after(self._db, max(acknowledged, first - 1), upto))
+        surplus = 1 - 0.98 * self._max_bytes / used_bytes
+        upto = min(first + round((last - first) * surplus), first + _TRIM_ROWS, last - 1)
+        lost = self._unacknowledged(first - 1, upto) if published else []
         self._db.execute("DELETE FROM telemetry WHERE id <= ?", (upto,))
         self._db.execute(
             "DELETE FROM entries WHERE EXISTS (SELECT 1 FROM entries AS newer WHERE newer.topic = entries.topic"
@@ -262,6 +272,21 @@ class Journal:
             (ENTRIES_KEPT,),
         )
         return lost
+
+    def _unacknowledged(self, after: int, upto: int) -> list[Lost]:
+        """What the rows in (after, upto] hold that the broker has not acknowledged."""
+        sql = "SELECT partition, seq, id FROM published WHERE topic = 'telemetry'"
+        published = {partition: (seq, row) for partition, seq, row in self._db.execute(sql)}
+        behind = [
+            published.get(partition, (0, 0))
+            for partition, head in self.heads.items()
+            if published.get(partition, (0, 0))[0] < head.seq
+        ]
+        if not behind:
+            return []
+        seqs = {partition: seq for partition, (seq, _) in published.items()}
+        after = max(after, min(row for _, row in behind))
+        return _ranges((batch.records for batch in batches_after(self._db, after, upto)), seqs)
 
     def _used_bytes(self) -> int:
         pages, free, page_size = (
@@ -371,14 +396,15 @@ def _advance(heads: dict[int, Head], records: Records) -> None:
         heads[int(partition)] = Head(int(last["seq"]), int(last["sampled_at_ns"]))
 
 
-def _ranges(batches: Iterable[Records]) -> list[Lost]:
-    """First and last sequence number of each partition in ``batches``."""
+def _ranges(batches: Iterable[Records], behind: Mapping[int, int]) -> list[Lost]:
+    """First and last sequence number of each partition in ``batches`` behind that of ``behind``."""
     ranges: dict[int, tuple[int, int]] = {}
     for records in batches:
-        for partition in np.unique(records["partition"]):
+        for partition in np.unique(records["partition"]).tolist():
             seqs = records["seq"][records["partition"] == partition]
-            first = ranges.get(int(partition), (int(seqs[0]), 0))[0]
-            ranges[int(partition)] = (first, int(seqs[-1]))
+            seqs = seqs[seqs > behind.get(partition, 0)]
+            if len(seqs):
+                ranges[partition] = (ranges.get(partition, (int(seqs[0]), 0))[0], int(seqs[-1]))
     return [Lost(partition, *span) for partition, span in ranges.items()]
 
 

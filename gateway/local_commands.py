@@ -38,6 +38,13 @@ def _prepare(db: sqlite3.Connection) -> None:
     db.execute("CREATE TABLE IF NOT EXISTS commands (id INTEGER PRIMARY KEY AUTOINCREMENT, value BLOB NOT NULL)")
 
 
+def _newest(db: sqlite3.Connection) -> int:
+    """The highest offset that was ever given, whether or not that command is still there."""
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'commands'").fetchone()
+    newest: int = row[0] if row else 0
+    return newest
+
+
 async def follow(path: Path, start: int, handle: Callable[[Sequence[Incoming]], Awaitable[None]]) -> None:
     """Hand every command from offset ``start`` on to ``handle``, until cancelled.
 
@@ -46,6 +53,9 @@ async def follow(path: Path, start: int, handle: Callable[[Sequence[Incoming]], 
     db = sqlite3.connect(path, isolation_level=None, timeout=2.0)
     try:
         _prepare(db)
+        if start > _newest(db) + 1:
+            log.warning("%s: is a new file: read from its beginning", path)
+            start = 1
         version = -1
         while True:
             try:

@@ -161,6 +161,8 @@ class TelemetryLane(Lane):
                     break
             if not items:
                 self.row = rows[-1][0]  # nothing of ours in there
+        if not items:  # a damaged row at the very end would be looked for again and again
+            self.row = max(self.row, self._pages.end)
         return items
 
     def _items(self, row: int, records: Records) -> list[Item]:

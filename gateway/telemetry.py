@@ -100,7 +100,10 @@ def from_mapping(values: dict[str, Any], partition: int) -> np.void:
     record = blank(1)
     record["partition"] = partition
     for name in FIELD_NAMES:
-        record[name] = np.nan if values[name] is None else values[name]
+        try:
+            record[name] = np.nan if values[name] is None else values[name]
+        except (OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} = {values[name]!r}: {error}") from error
     row: np.void = record[0]
     return row
 

@@ -131,6 +131,7 @@ class Worker:
 
     def _refuse_orders(self, until: MonotonicNs) -> None:
         """While there is no bus: every order fails at once."""
+        self._send_stats()  # a sign of life: the gateway replaces a worker that says nothing
         while True:
             self._take_orders()
             self._cycle.give_up("the bus is down")
@@ -151,7 +152,7 @@ class Worker:
             self._link.send_notice(notice)
 
     def _send_stats(self) -> None:
-        late_us = sorted(late / 1000 for late in self._late_ns)
+        late_us = sorted(late / 1000 for late in self._late_ns) or [0.0]
         self._late_ns.clear()
         stats = CycleStats(
             self._cycles,

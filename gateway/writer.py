@@ -201,11 +201,12 @@ class LogWriter:
             self._failing = False
             log.warning("journal %s: writable again", self._journal.path)
             self._tell(self._listener.disk_recovered)
-        for done in durable:
-            done.set_result(None)
         batch = None if changes.telemetry is None or row is None else Batch(row, changes.telemetry)
         entries = tuple((entry.topic, entry.partition) for entry in changes.entries)
         self._tell(self._listener.committed, Committed(batch, entries))
+        for done in durable:  # after the listener: who waits finds it told
+            if done.set_running_or_notify_cancel():  # else nobody waits any more
+                done.set_result(None)
         return True
 
     def _keep_house(self) -> None:

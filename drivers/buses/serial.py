@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import select
+import termios
 from collections.abc import Sequence
 
 import serial
@@ -25,14 +26,16 @@ class SerialBus(Bus[bytes]):
             self._port = serial.Serial(spec.port, spec.baudrate, timeout=0, write_timeout=0, exclusive=True)
         except ValueError as error:
             raise BusMisconfigured(f"{self._name}: {error}") from error
-        except (serial.SerialException, OSError) as error:
+        except (serial.SerialException, OSError, termios.error) as error:
             raise BusError(f"{self._name}: cannot open: {error}") from error
         # USB adapters hold bytes back for up to 16 ms otherwise; ports that lack the call (ptys) do not need it
         with contextlib.suppress(AttributeError, OSError, ValueError, NotImplementedError):
             self._port.set_low_latency_mode(True)
         self._fd = self._port.fileno()
+        self._closed = False
 
     def send(self, units: Sequence[bytes], deadline: MonotonicNs) -> None:
+        self._check()
         data = memoryview(b"".join(units))
         while data:
             try:
@@ -44,6 +47,7 @@ class SerialBus(Bus[bytes]):
                 raise BusError(f"{self._name}: {os.strerror(error.errno or errno.EIO)}") from error
 
     def receive(self, deadline: MonotonicNs) -> Received[bytes] | None:
+        self._check()
         try:
             if not select.select([self._fd], [], [], left_s(deadline))[0]:
                 return None
@@ -56,6 +60,12 @@ class SerialBus(Bus[bytes]):
             raise BusError(f"{self._name}: the port is gone")
         return Received(chunk, monotonic_ns())
 
+    def _check(self) -> None:
+        """The descriptor's number may be somebody else's file once the port is closed."""
+        if self._closed:
+            raise BusError(f"{self._name}: closed")
+
     def close(self) -> None:
+        self._closed = True
         with contextlib.suppress(OSError, serial.SerialException):
             self._port.close()

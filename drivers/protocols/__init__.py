@@ -7,9 +7,11 @@ the motors' side of the same codec).
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 
 from drivers.family import Family
+from drivers.sim.responder import Responder
 
 
 @cache
@@ -18,9 +20,24 @@ def family_names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in iter_modules(__path__)))
 
 
+def find(name: object) -> type[Family[Any, Any]] | None:
+    """The family called ``name``, which may be anything; None if there is none."""
+    return load(name) if isinstance(name, str) and name in family_names() else None
+
+
 def load(name: str) -> type[Family[Any, Any]]:
     """The family called ``name``; KeyError if there is none."""
+    family: type[Family[Any, Any]] = _module(name).FAMILY
+    return family
+
+
+def load_responder(name: str) -> type[Responder[Any]]:
+    """The simulated side of the family called ``name``; KeyError if there is none."""
+    responder: type[Responder[Any]] = _module(name).SIMULATED
+    return responder
+
+
+def _module(name: str) -> ModuleType:
     if name not in family_names():
         raise KeyError(name)
-    family: type[Family[Any, Any]] = import_module(f"{__name__}.{name}").FAMILY
-    return family
+    return import_module(f"{__name__}.{name}")

@@ -4,6 +4,7 @@
     id        system    FF FF FF FF FF FF FF code
     100 + id  POS_VEL   position f32, velocity f32       (little-endian)
     200 + id  VEL       velocity f32
+    300 + id  FORCE_POS (not used here)
     7FF       request   idL idH CC 0 0 0 0 0             (refresh)
               register  idL idH 33|55|AA RID value32     (read, write, save)
     MST_ID    feedback  ERR<<4|id p[15:8] p[7:0] v[11:4] v[3:0]|t[11:8] t[7:0] T_MOS T_rotor
@@ -27,13 +28,11 @@ from struct import Struct
 from typing import Any, Final, NamedTuple
 
 from drivers.errors import MotorRefused
-from drivers.family import CanFrame, Exchange, Family, Procedure, Reply
+from drivers.family import CAN_FRAME_BITS, CanFrame, Exchange, Family, Procedure, Reply
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
-from drivers.sim.responder import Responder, SimulatedMotor
+from drivers.sim.responder import Responder, SimulatedMotor, as_byte
 
 REQUEST_ID: Final = 0x7FF
-POS_VEL_ID: Final = 0x100
-VEL_ID: Final = 0x200
 KP_MAX: Final = 500.0
 KD_MAX: Final = 5.0
 HOLD_VELOCITY_RAD_S: Final = 1.0  # of the small way back to the point where a motor was told to hold
@@ -41,6 +40,15 @@ HOLD_VELOCITY_RAD_S: Final = 1.0  # of the small way back to the point where a m
 _POS_VEL = Struct("<ff")
 _FLOAT = Struct("<f")
 _UINT = Struct("<I")
+
+
+class Base(IntEnum):
+    """What a command's identifier is, less the motor's id (python-damiao-driver docs, communication protocol)."""
+
+    MIT = 0x000
+    POS_VEL = 0x100
+    VEL = 0x200
+    FORCE_POS = 0x300
 
 
 class System(IntEnum):
@@ -95,6 +103,10 @@ UNSIGNED: Final = frozenset(
 """Registers that hold a 32-bit unsigned number; all others hold a float."""
 
 
+SCALING: Final = (Rid.PMAX, Rid.VMAX, Rid.TMAX)
+"""Registers that hold the fields of ``Scale``."""
+
+
 class Mode(IntEnum):
     """Values of CTRL_MODE (python-damiao-driver docs, motor control modes)."""
 
@@ -118,6 +130,7 @@ class State(IntEnum):
     OVERLOAD = 0xE
 
 
+NO_FAULT: Final = frozenset({State.DISABLED, State.ENABLED})
 _COMMON: Final[dict[int, Status]] = {
     State.DISABLED: Status(0),
     State.ENABLED: Status.ENABLED,
@@ -238,12 +251,12 @@ def make_refresh(bus_id: int) -> CanFrame:
 
 def make_pos_vel(bus_id: int, position_rad: float, velocity_rad_s: float) -> CanFrame:
     """Go to a position at a velocity, in mode POS_VEL."""
-    return CanFrame(POS_VEL_ID + bus_id, _POS_VEL.pack(position_rad, velocity_rad_s))
+    return CanFrame(Base.POS_VEL + bus_id, _POS_VEL.pack(position_rad, velocity_rad_s))
 
 
 def make_vel(bus_id: int, velocity_rad_s: float) -> CanFrame:
     """Turn at a velocity, in mode VEL."""
-    return CanFrame(VEL_ID + bus_id, _FLOAT.pack(velocity_rad_s) + bytes(4))
+    return CanFrame(Base.VEL + bus_id, _FLOAT.pack(velocity_rad_s) + bytes(4))
 
 
 def make_register(bus_id: int, command: Command, rid: int, value: bytes = bytes(4)) -> CanFrame:
@@ -315,6 +328,20 @@ class Damiao(Family[CanFrame, CanFrame]):
         self._known = {bus_id: _Known(master_id_of(motor)) for bus_id, motor in self.motors.items()}
         self._senders = {(known.master_id, bus_id & 0xF): bus_id for bus_id, known in self._known.items()}
 
+    @classmethod
+    def poll_bits(cls, motors: int) -> int:
+        """A refresh and a feedback frame for each motor."""
+        return 2 * motors * CAN_FRAME_BITS
+
+    @classmethod
+    def clashes(cls, motors: Sequence[Motor]) -> Iterator[tuple[Motor, str, str]]:
+        """A reply with the identifier of a command would move the motor that the command belongs to."""
+        for motor in motors:
+            for other in motors:
+                if master_id_of(motor) - other.bus_id in set(Base):
+                    why = f"is the identifier of commands to id {other.bus_id} on this bus"
+                    yield motor, "master_id", f"{why}; by custom it is {motor.bus_id} + 16"
+
     def unpack(self, unit: CanFrame) -> Iterable[CanFrame]:
         """The frame itself, if it can be a motor's reply: standard, eight bytes, not on the id of our own requests."""
         return (unit,) if len(unit.data) == 8 and not unit.extended and unit.can_id != REQUEST_ID else ()
@@ -345,54 +372,53 @@ class Damiao(Family[CanFrame, CanFrame]):
         if can_id != known.master_id:
             detail = f"motor {bus_id} replies with identifier {can_id:#x}, expected {known.master_id:#x}"
             raise MotorRefused("refused", f"{detail}: set master_id = {can_id:#x}, or MST_ID (register 7) of the motor")
-        details: dict[str, float] = {}
-        for rid in (Rid.PMAX, Rid.VMAX, Rid.TMAX, Rid.CTRL_MODE, Rid.SW_VER):
-            found = (yield _register(bus_id, Command.READ, rid)).get(bus_id)
-            if found is None:
-                return None
-            details[rid.name] = decode_value(rid, found[1])
-        scale = Scale(*list(details.values())[:3])
-        absurd = [f"{name} is {value}" for name, value in list(details.items())[:3] if not 0 < value < inf]
+        read: dict[Rid, float] = {}
+        try:
+            for rid in (*SCALING, Rid.CTRL_MODE, Rid.SW_VER):
+                read[rid] = yield from self._read(bus_id, rid)
+        except MotorRefused:
+            return None
+        absurd = [f"{rid.name} is {read[rid]}" for rid in SCALING if not 0 < read[rid] < inf]
         if absurd:
             raise MotorRefused("refused", f"motor {bus_id}: {', '.join(absurd)}; each must be finite and above 0")
-        known.mode, known.scale = int(details["CTRL_MODE"]), scale
-        return MotorInfo("Damiao", f"{details.pop('SW_VER'):.0f}", details)
+        known.scale, known.mode = Scale(*(read[rid] for rid in SCALING)), int(read[Rid.CTRL_MODE])
+        version = read.pop(Rid.SW_VER)
+        return MotorInfo("Damiao", f"{version:.0f}", {rid.name: value for rid, value in read.items()})
 
     def refresh(self, bus_id: int) -> Procedure[CanFrame, CanFrame, None]:
         """Read the mode again: a motor that lost its power has forgotten it. Silence is left to ``poll`` to notice."""
-        found = (yield _register(bus_id, Command.READ, Rid.CTRL_MODE)).get(bus_id)
-        if found is not None:
-            self._known[bus_id].mode = int(decode_value(Rid.CTRL_MODE, found[1]))
+        try:
+            self._known[bus_id].mode = int((yield from self._read(bus_id, Rid.CTRL_MODE)))
+        except MotorRefused:
+            return
 
     def order(self, bus_id: int, order: Order) -> Procedure[CanFrame, CanFrame, str]:
         """Carry out an order and see in the motor's feedback that it took it."""
-        if order.kind not in self.kinds:
-            raise MotorRefused("unsupported", f"{self.name} has no order {order.kind}")
         known = self._known[bus_id]
         if known.scale is None:
             raise MotorRefused("motor_offline", f"motor {bus_id} was not connected: its scaling is unknown")
         match order.kind:
             case Kind.ENABLE:
                 return (yield from self._enable(bus_id))
+            case Kind.DISABLE:
+                yield from self._command(bus_id, make_system(bus_id, System.DISABLE))
+                yield from self._settle(bus_id, lambda state: state != State.ENABLED, "disable (FD)")
+                return "disabled"
             case Kind.POSITION:
                 return (yield from self._move(bus_id, order, known, known.scale))
             case Kind.STOP:
                 return (yield from self._stop(bus_id, known))
             case Kind.CLEAR_FAULT:
                 yield from self._command(bus_id, make_system(bus_id, System.CLEAR_ERROR))
-                yield from self._settle(
-                    bus_id, lambda state: state in {State.DISABLED, State.ENABLED}, "clear error (FB)"
-                )
+                yield from self._settle(bus_id, lambda state: state in NO_FAULT, "clear error (FB)")
                 return "no fault"
             case _:
-                yield from self._command(bus_id, make_system(bus_id, System.DISABLE))
-                yield from self._settle(bus_id, lambda state: state != State.ENABLED, "disable (FD)")
-                return "disabled"
+                raise MotorRefused("unsupported", f"{self.name} has no order {order.kind}")
 
     def _enable(self, bus_id: int) -> Procedure[CanFrame, CanFrame, str]:
         yield from self._set_mode(bus_id)
         present = yield from self._command(bus_id, make_refresh(bus_id))
-        if present.state not in {State.DISABLED, State.ENABLED}:
+        if present.state not in NO_FAULT:
             raise MotorRefused("refused", f"the motor reports {_name(present.state)}; clear the fault first")
         # which setpoint an enabled motor starts from is not documented: the one to hold follows with no gap
         hold = make_pos_vel(bus_id, present.position_rad, HOLD_VELOCITY_RAD_S)
@@ -496,7 +522,7 @@ def _common_feedback(raw: RawFeedback) -> Feedback:
         temperature_c=float(raw.rotor_c),
         torque_nm=raw.torque_nm,
         status=int(_COMMON.get(raw.state, Status.FAULT_OTHER)),
-        vendor_error=raw.state if raw.state >= 8 else 0,  # 0 and 1 are no errors: disabled, enabled
+        vendor_error=0 if raw.state in NO_FAULT else raw.state,
     )
 
 
@@ -558,7 +584,7 @@ class _Motor:
 
     @property
     def scale(self) -> Scale:
-        return Scale(*(self._registers[rid] for rid in (Rid.PMAX, Rid.VMAX, Rid.TMAX)))
+        return Scale(*(self._registers[rid] for rid in SCALING))
 
     @property
     def mode(self) -> int:
@@ -578,8 +604,8 @@ class _Motor:
             position_rad=turns - scale.pmax_rad,
             velocity_rad_s=servo.velocity_rad_s,
             torque_nm=servo.torque_nm,
-            mos_c=_byte((servo.temperature_c + servo.limits.ambient_c) / 2),  # between the rotor and the air
-            rotor_c=_byte(servo.temperature_c),
+            mos_c=as_byte((servo.temperature_c + servo.limits.ambient_c) / 2),  # between the rotor and the air
+            rotor_c=as_byte(servo.temperature_c),
         )
         return self._reply(encode_feedback(raw, scale))
 
@@ -660,34 +686,30 @@ class SimulatedDamiao(Responder[CanFrame]):
 
     @staticmethod
     def _command(motor: _Motor, frame: CanFrame) -> CanFrame | None:
-        mode, data = frame.can_id - motor.bus_id, frame.data
-        if mode not in {0, POS_VEL_ID, VEL_ID}:
+        base, data = frame.can_id - motor.bus_id, frame.data
+        if base not in set(Base):
             return None
         if len(data) == 8 and data[:7] == b"\xff" * 7 and data[7] in set(System):
             motor.obey(data[7])  # on the identifier of any mode, as the vendor's examples send it
             return motor.feedback()
-        match mode, motor.mode:
-            case 0, Mode.MIT if len(data) == 8:
+        match base, motor.mode:
+            case Base.MIT, Mode.MIT if len(data) == 8:
                 command = decode_mit(data, motor.scale)
                 if command.kp > 0:
                     motor.go(command.position_rad, motor.scale.vmax_rad_s)
                 elif command.kd > 0:
                     motor.turn(command.velocity_rad_s)
-            case 0x100, Mode.POS_VEL if len(data) == 8:
+            case Base.POS_VEL, Mode.POS_VEL if len(data) == 8:
                 position_rad, velocity_rad_s = _POS_VEL.unpack(data)
                 if isfinite(position_rad) and isfinite(velocity_rad_s):
                     motor.go(position_rad, velocity_rad_s)
-            case 0x200, Mode.VEL if len(data) >= 4:
+            case Base.VEL, Mode.VEL if len(data) >= 4:
                 velocity_rad_s = _FLOAT.unpack(data[:4])[0]
                 if isfinite(velocity_rad_s):
                     motor.turn(velocity_rad_s)
             case _:
                 return None
         return motor.feedback()
-
-
-def _byte(value: float) -> int:
-    return min(max(round(value), 0), 0xFF)
 
 
 FAMILY: type[Family[Any, Any]] = Damiao

@@ -12,7 +12,7 @@ communication protocol manual; LeRobot motors/feetech/tables.py and motors/encod
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from math import isfinite, pi
 from struct import Struct
@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 from drivers.errors import MotorRefused
 from drivers.family import Exchange, Family, Procedure, Reply
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
-from drivers.sim.responder import Responder, SimulatedMotor
+from drivers.sim.responder import Responder, SimulatedMotor, as_byte
 
 BROADCAST: Final = 0xFE
 HEADER: Final = b"\xff\xff"
@@ -229,19 +229,16 @@ class Block(NamedTuple):
     address: Register
     layout: Struct
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.layout.size
+
 
 IDENTITY: Final = Block(Register.FIRMWARE_MAJOR_VERSION, Struct("<BBxHBBBBHH"))  # 0..12
 FEEDBACK: Final = Block(Register.PRESENT_POSITION, Struct("<HHHBBxBBxxH"))  # 56..70
 STATE: Final = Block(Register.OPERATING_MODE, Struct("<B6xBxHHH7xB" + FEEDBACK.layout.format[1:]))  # 33..70
 _GOAL = Struct("<HHH")  # 42..47: position, time, speed
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What was learned about one servo."""
-
-    limits_step: tuple[int, int] = (0, 0)  # the servo's own; (0, 0) stands for several turns, without limits
-    enabled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +287,14 @@ def decode_feedback(params: bytes, error: int, enabled: bool) -> Feedback:
 # --- the gateway's side -----------------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
+class _Known:
+    """What was learned about one servo."""
+
+    limits_step: tuple[int, int] = (0, 0)  # the servo's own; (0, 0) stands for several turns, without limits
+    enabled: bool = False
+
+
 class FeetechSts(Family[bytes, Packet]):
     """STS servos in position mode. ``ENABLED`` is not in the polled block: it is what was last read of register 40.
 
@@ -304,8 +309,15 @@ class FeetechSts(Family[bytes, Packet]):
 
     def __init__(self, motors: Sequence[Motor]) -> None:
         super().__init__(motors)
-        self._known = dict.fromkeys(self.motors, _Known())
-        self._decoder = Decoder(longest=STATE.layout.size)
+        self._known = {bus_id: _Known() for bus_id in self.motors}
+        self._decoder = Decoder(longest=STATE.size)
+
+    @classmethod
+    def poll_bits(cls, motors: int) -> int:
+        """One sync read and its replies; a byte is ten bits (8N1)."""
+        request = make_sync_read(range(motors), FEEDBACK.address, FEEDBACK.size)
+        reply = encode_packet(Packet(0, 0, bytes(FEEDBACK.size)))
+        return 10 * (len(request) + motors * len(reply))
 
     def unpack(self, unit: bytes) -> Iterable[Packet]:
         """Packets completed by ``unit``."""
@@ -318,14 +330,13 @@ class FeetechSts(Family[bytes, Packet]):
     def poll(self, bus_ids: Sequence[int]) -> Exchange[bytes, Packet]:
         """One sync read of the 15 bytes from 56, which bring all of ``Feedback``."""
         asked = frozenset(bus_ids)
-        size = FEEDBACK.layout.size
 
         def match(packet: Packet) -> Reply | None:
-            if packet.bus_id not in asked or len(packet.params) != size:
+            if packet.bus_id not in asked or len(packet.params) != FEEDBACK.size:
                 return None
             return packet.bus_id, decode_feedback(packet.params, packet.code, self._known[packet.bus_id].enabled)
 
-        return Exchange([make_sync_read(bus_ids, FEEDBACK.address, size)], asked, match)
+        return Exchange([make_sync_read(bus_ids, FEEDBACK.address, FEEDBACK.size)], asked, match)
 
     def connect(self, bus_id: int) -> Procedure[bytes, Packet, MotorInfo | None]:
         """Read identity, the servo's own limits, mode and torque; None if it keeps silent to either read."""
@@ -333,7 +344,7 @@ class FeetechSts(Family[bytes, Packet]):
         if params is None:
             return None
         major, minor, model, _id, _baud, delay, level, low, high = IDENTITY.layout.unpack(params)
-        self._known[bus_id] = replace(self._known[bus_id], limits_step=(low, high))
+        self._known[bus_id].limits_step = low, high
         try:
             state = yield from self._read_state(bus_id)
         except MotorRefused:
@@ -401,7 +412,7 @@ class FeetechSts(Family[bytes, Packet]):
         if params is None:
             raise MotorRefused("no_reply", f"no reply to a read of registers 33..70 from servo {bus_id}")
         state = State.decode(params)
-        self._known[bus_id] = replace(self._known[bus_id], enabled=state.torque_enable == 1)
+        self._known[bus_id].enabled = state.torque_enable == 1
         return state
 
     def _write_torque(self, bus_id: int, on: bool) -> Procedure[bytes, Packet, None]:
@@ -422,12 +433,11 @@ class FeetechSts(Family[bytes, Packet]):
 
 def _read(bus_id: int, block: Block) -> Exchange[bytes, Packet]:
     """Read a block of one servo; the reply is its parameters."""
-    size = block.layout.size
 
     def match(packet: Packet) -> Reply | None:
-        return (bus_id, packet.params) if packet.bus_id == bus_id and len(packet.params) == size else None
+        return (bus_id, packet.params) if packet.bus_id == bus_id and len(packet.params) == block.size else None
 
-    return Exchange([make_sync_read([bus_id], block.address, size)], frozenset({bus_id}), match)
+    return Exchange([make_sync_read([bus_id], block.address, block.size)], frozenset({bus_id}), match)
 
 
 def _write(bus_id: int, register: Register, data: bytes) -> Exchange[bytes, Packet]:
@@ -447,9 +457,8 @@ def _check_mode(state: State) -> None:
 _MEMORY_SIZE = 87
 _EEPROM_END = 40
 _RESPOND_TO_ALL = 1
-_REFUSED_PARAMETER = (
-    0x40  # which bit a real servo sets is not in the public tables; no fault of register 65 uses this one
-)
+# which bit of the error byte a real servo sets is not in the public tables; no fault of register 65 uses this one
+_REFUSED_PARAMETER = 0x40
 
 _EEPROM: Final = {  # register: (size, default, lowest, highest); defaults resemble those of an STS3215
     Register.BAUD_RATE: (1, 0, 0, 7),
@@ -540,8 +549,8 @@ class _Servo:
             self._position,
             _saturate(servo.velocity_rad_s / RAD_PER_STEP, SIGN_BIT),
             _saturate(1000 * servo.torque_nm / peak_nm, LOAD_SIGN_BIT),
-            min(max(round(servo.voltage_v / VOLT), 0), 0xFF),
-            min(max(round(servo.temperature_c), 0), 0xFF),
+            as_byte(servo.voltage_v / VOLT),
+            as_byte(servo.temperature_c),
             self.faults,
             servo.moving,
             _saturate(servo.current_a / AMPERE, SIGN_BIT),

@@ -4,7 +4,6 @@ import logging
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from math import pi
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from drivers import protocols
 from drivers.clock import MonotonicNs
 from drivers.motor import Motor
 from drivers.sim.bus import SimulatedBus
-from drivers.sim.responder import Faults, Responder, SimulatedMotor
+from drivers.sim.responder import Faults, SimulatedMotor
 from drivers.sim.servo import Servo, ServoLimits, wave
 
 log = logging.getLogger(__name__)
@@ -31,13 +30,6 @@ class SimulationSettings:
     velocity_rad_s: Mapping[int, float] = field(default_factory=dict)
 
 
-def load_responder(name: str) -> type[Responder[Any]]:
-    """The simulated side of the family called ``name``; KeyError if there is none."""
-    protocols.load(name)
-    responder: type[Responder[Any]] = import_module(f"{protocols.__name__}.{name}").SIMULATED
-    return responder
-
-
 def build_bus(motors: Sequence[Motor], settings: SimulationSettings, now: MonotonicNs) -> SimulatedBus[Any]:
     """One bus with ``motors`` on it. Raises ValueError if they cannot share one."""
     media = {motor.name: protocols.load(motor.family).medium for motor in motors}
@@ -46,7 +38,7 @@ def build_bus(motors: Sequence[Motor], settings: SimulationSettings, now: Monoto
     by_family: dict[str, list[SimulatedMotor]] = {}
     for motor in motors:
         by_family.setdefault(motor.family, []).append(SimulatedMotor(motor, make_servo(motor.index, settings)))
-    return SimulatedBus([load_responder(name)(members) for name, members in by_family.items()], now)
+    return SimulatedBus([protocols.load_responder(name)(members) for name, members in by_family.items()], now)
 
 
 def make_servo(index: int, settings: SimulationSettings) -> Servo:
@@ -81,8 +73,7 @@ def apply_faults(motors: Iterable[SimulatedMotor], faults: Mapping[str, Any], el
     if wrong:
         raise ValueError("; ".join(wrong))
     for name, simulated in by_name.items():
-        simulated.faults.silent = wanted[name].silent
-        simulated.faults.delay_ms = wanted[name].delay_ms
+        simulated.faults = wanted[name]
 
 
 def _parse(name: str, entry: object, wrong: list[str]) -> Faults:

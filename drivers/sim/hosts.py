@@ -161,15 +161,15 @@ def _replace_link(link: Path, target: str) -> None:
     fresh.replace(link)
 
 
-class PtySerialHost(Host[bytes]):
-    """Serial motors behind a pseudo-terminal, and under ``link`` if given. The baud rate makes no difference."""
+class _PtyHost(Host[W]):
+    """Motors behind a pseudo-terminal, and under ``link`` if given."""
 
     _pty: _Pty
 
     def __init__(
-        self, bus: SimulatedBus[bytes], link: Path | None = None, housekeeping: Callable[[], None] = _nothing
+        self, bus: SimulatedBus[W], link: Path | None = None, housekeeping: Callable[[], None] = _nothing
     ) -> None:
-        super().__init__(bus, housekeeping)
+        super().__init__(bus, housekeeping)  # type: ignore[arg-type]  # mypy forgets which W it looks at in super()
         self._link = link
 
     @property
@@ -182,6 +182,10 @@ class PtySerialHost(Host[bytes]):
 
     def _close(self) -> None:
         self._pty.close()
+
+
+class PtySerialHost(_PtyHost[bytes]):
+    """Serial motors; the baud rate makes no difference."""
 
     def _receive(self, timeout_s: float) -> Iterable[bytes]:
         data = self._pty.read(timeout_s)
@@ -191,29 +195,14 @@ class PtySerialHost(Host[bytes]):
         self._pty.write(unit)
 
 
-class SlcanHost(Host[CanFrame]):
-    """CAN motors behind a pseudo-terminal that speaks slcan, and under ``link`` if given."""
+class SlcanHost(_PtyHost[CanFrame]):
+    """CAN motors behind an adapter that speaks slcan."""
 
-    _pty: _Pty
     _adapter: SlcanAdapter
-
-    def __init__(
-        self, bus: SimulatedBus[CanFrame], link: Path | None = None, housekeeping: Callable[[], None] = _nothing
-    ) -> None:
-        super().__init__(bus, housekeeping)
-        self._link = link
-
-    @property
-    def port(self) -> str:
-        """The path that a client opens, while the host runs."""
-        return self._pty.name
 
     def _open(self) -> None:
         self._adapter = SlcanAdapter()
-        self._pty = _Pty(self._link)
-
-    def _close(self) -> None:
-        self._pty.close()
+        super()._open()
 
     def _receive(self, timeout_s: float) -> Iterable[CanFrame]:
         for answer, frame in self._adapter.feed(self._pty.read(timeout_s)):

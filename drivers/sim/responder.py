@@ -40,3 +40,8 @@ class Responder(ABC, Generic[W]):
         A serial responder keeps half a packet for the next call and skips garbage. The physics has been stepped
         to the present before the call; a responder reads ``servo`` and sets its goals, never its state.
         """
+
+
+def as_byte(value: float) -> int:
+    """A quantity as a register of one unsigned byte can tell it."""
+    return min(max(round(value), 0), 0xFF)

@@ -21,8 +21,8 @@ class ServoLimits:
     velocity_rad_s: float = 5.0
     acceleration_rad_s2: float = 60.0  # peak torque over inertia
     inertia_kg_m2: float = 0.02
-    friction_nm: float = 0.05
-    nm_per_a: float = 1.0
+    friction_nm: float = 0.2
+    nm_per_a: float = 0.5
     ambient_c: float = 25.0
     heating_c_per_a2_s: float = 0.6  # of the winding
     cooling_per_s: float = 0.02
@@ -91,31 +91,24 @@ class Servo:
     def _slice(self, dt_s: float) -> None:
         limits = self.limits
         self.time_s += dt_s
-        speed_limit = limits.velocity_rad_s
+        goal, speed_limit = self.goal_rad, min(limits.velocity_rad_s, self.goal_velocity_rad_s)
         if self.motion is not None:
-            goal = self.motion(self.time_s)
-        else:
-            goal = self.goal_rad
-            speed_limit = min(speed_limit, self.goal_velocity_rad_s)
+            goal, speed_limit = self.motion(self.time_s), limits.velocity_rad_s
         low, high = limits.position_rad
-        if self.enabled or self.motion is not None:
+        driven = self.enabled or self.motion is not None
+        if driven:
             error = min(max(goal, low), high) - self.position_rad
             # the highest speed from which half the acceleration brakes in time, and never past the goal in a slice
             wanted = copysign(min(speed_limit, sqrt(abs(error) * limits.acceleration_rad_s2), abs(error) / dt_s), error)
+            most = limits.acceleration_rad_s2
         else:
-            wanted = 0.0
-        most = (
-            limits.acceleration_rad_s2
-            if self.enabled or self.motion is not None
-            else limits.friction_nm / limits.inertia_kg_m2
-        )
+            wanted, most = 0.0, limits.friction_nm / limits.inertia_kg_m2
         change = min(max(wanted - self.velocity_rad_s, -most * dt_s), most * dt_s)
         self.velocity_rad_s += change
         self.position_rad += self.velocity_rad_s * dt_s
         if not low <= self.position_rad <= high:
             self.position_rad = min(max(self.position_rad, low), high)
             self.velocity_rad_s = 0.0
-        driven = self.enabled or self.motion is not None
         friction = copysign(limits.friction_nm, self.velocity_rad_s) if self.moving else 0.0
         self.torque_nm = limits.inertia_kg_m2 * change / dt_s + friction if driven else 0.0
         self.temperature_c += dt_s * (

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers import protocols
-from drivers.family import CanFrame
+from drivers.family import CAN_FRAME_BITS, CanFrame
 from drivers.motor import Kind, Order, Status
 from drivers.sim.build import SimulationSettings
 from tests.memory_loop import Loop, make_motor
@@ -68,6 +68,14 @@ def test_poll_brings_what_the_physics_holds(name: str) -> None:
         assert told.temperature_c == pytest.approx(servo.temperature_c, abs=1)
         assert told.status & Status.ENABLED
         assert not told.status & Status.faults()
+
+
+def test_poll_takes_the_bits_on_the_wire_that_it_is_said_to_take(name: str) -> None:
+    loop, bus_ids = make_loop(name)
+    requests = loop.family.poll(bus_ids).requests
+    units = [*requests, *(reply for unit in requests for _, reply in loop.bus.respond(unit, loop.now))]
+    bits = sum(CAN_FRAME_BITS if isinstance(unit, CanFrame) else 10 * len(unit) for unit in units)
+    assert loop.family.poll_bits(len(bus_ids)) == bits
 
 
 def test_silent_motor_is_the_only_one_missing(name: str) -> None:

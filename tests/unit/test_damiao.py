@@ -247,14 +247,14 @@ def test_no_frame_raises_and_only_eight_bytes_from_a_known_sender_are_a_sample(f
         (0x5, Status.FAULT_OTHER),
     ],
 )
-def test_state_becomes_common_status_and_stays_readable(state: int, status: Status) -> None:
+def test_state_becomes_common_status_and_only_a_fault_an_error(state: int, status: Status) -> None:
     loop = make_loop(1)
     data = encode_feedback(RawFeedback(1, state, 0.5, 0, 2.5, 35, 40), DM4310)
     reply = loop.family.poll([1]).match(CanFrame(0x11, data))
     assert reply is not None
     bus_id, told = reply
     assert bus_id == 1
-    assert (told.status, told.vendor_error) == (status, state)
+    assert (told.status, told.vendor_error) == (status, 0 if state in (0, 1) else state)
     assert told.torque_nm == pytest.approx(2.5, abs=0.01)
     assert told.temperature_c == 40  # the rotor's
     assert isnan(told.voltage_v)

@@ -232,7 +232,7 @@ def test_orders_work_with_a_servo_that_acknowledges_nothing() -> None:
     loop = make_loop(1)
     poke(loop, 1, Register.RESPONSE_STATUS_LEVEL, b"\x00")
     loop.order(1, Order(Kind.ENABLE))
-    assert loop.order(1, Order(Kind.POSITION, 1.0, 2.0)) == "goal 2700 step at 1303 step/s"
+    assert loop.order(1, Order(Kind.POSITION, 1.0, 2.0)) == "going to 1.0002 rad at 1.9988 rad/s"
     loop.wait(2)
     assert loop.servo(1).position_rad == pytest.approx(1.0, abs=0.002)
 

@@ -18,7 +18,7 @@ from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
 from drivers.family import CanFrame
 from drivers.motor import Motor
 from drivers.protocols import damiao, feetech_sts
-from drivers.sim.build import FaultsFile, SimulationSettings, apply_faults, build_bus, load_responder, make_servo
+from drivers.sim.build import FaultsFile, SimulationSettings, apply_faults, build_bus, make_servo
 from drivers.sim.hosts import Host, PtySerialHost, SlcanHost, VirtualCanHost
 from drivers.sim.slcan import SlcanAdapter
 from tests.memory_loop import STILL, make_motor
@@ -282,12 +282,12 @@ def test_motors_answer_on_the_virtual_bus() -> None:
 
 @pytest.mark.parametrize("name", protocols.family_names())
 def test_every_family_has_a_simulated_side(name: str) -> None:
-    assert load_responder(name).__module__.endswith(name)
+    assert protocols.load_responder(name).__module__.endswith(name)
 
 
 def test_unknown_family_is_a_key_error() -> None:
     with pytest.raises(KeyError, match="nonesuch"):
-        load_responder("nonesuch")
+        protocols.load_responder("nonesuch")
 
 
 def test_motors_of_one_medium_only_share_a_bus() -> None:

@@ -1,0 +1,216 @@
+"""What every bus does, whatever carries it: memory, a pseudo-terminal, python-can's virtual bus, slcan."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import pytest
+
+from drivers.bus import Bus
+from drivers.buses import CanSpec, SerialSpec, open_bus
+from drivers.buses.memory import MemoryBus
+from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
+from drivers.errors import BusError, BusMisconfigured
+from drivers.family import CanFrame
+from drivers.protocols import damiao, feetech_sts
+from drivers.sim.build import build_bus
+from drivers.sim.bus import SimulatedBus
+from drivers.sim.hosts import PtySerialHost, SlcanHost, VirtualCanHost
+from tests.gateway_parts import wait_for
+from tests.memory_loop import STILL, make_motor
+
+_numbers = count()
+LONG_NS = 60 * SECOND  # for what comes sooner
+
+
+@dataclass
+class Rig:
+    """An open bus with motors 1 and 2 on it. ``asks`` motor 1 or 2; each answers with exactly ``answers``."""
+
+    bus: Bus[Any]
+    simulated: SimulatedBus[Any]
+    asks: tuple[Any, Any]
+    answers: tuple[Any, Any]
+    vanish: Callable[[], None] | None  # take the adapter away
+
+    def read(self, units: int) -> list[Any]:
+        """So many replies, however they were cut into pieces."""
+        pieces: list[Any] = []
+        deadline = after(monotonic_ns(), LONG_NS)
+        while len(joined(pieces)) < units * size_of(self.answers[0]):
+            received = self.bus.receive(deadline)
+            assert received is not None, pieces
+            pieces.append(received.unit)
+        return pieces
+
+
+def size_of(unit: Any) -> int:
+    return len(unit) if isinstance(unit, bytes) else 1
+
+
+def joined(pieces: list[Any]) -> Any:
+    """Serial chunks in one piece; frames as they are."""
+    return b"".join(pieces) if pieces and isinstance(pieces[0], bytes) else pieces
+
+
+def make_rig(kind: str, stack: ExitStack) -> Rig:
+    family = "damiao" if "can" in kind else "feetech_sts"
+    simulated = build_bus([make_motor(family, bus_id, bus_id - 1) for bus_id in (1, 2)], STILL, monotonic_ns())
+    asks: tuple[Any, Any]
+    answers: tuple[Any, Any]
+    if family == "damiao":
+        asks = (damiao.make_refresh(1), damiao.make_refresh(2))
+        first, second = (simulated.respond(ask, monotonic_ns())[0][1] for ask in asks)
+        answers = (first, second)
+    else:
+        one, two = (feetech_sts.Packet(bus_id, feetech_sts.Instruction.PING) for bus_id in (1, 2))
+        asks = (feetech_sts.encode_packet(one), feetech_sts.encode_packet(two))
+        answers = tuple(feetech_sts.encode_packet(feetech_sts.Packet(bus_id, 0)) for bus_id in (1, 2))  # type: ignore[assignment]  a pair
+    vanish: Callable[[], None] | None = None
+    bus: Bus[Any]
+    if kind == "memory":
+        bus = memory = MemoryBus(simulated)
+        vanish = memory.unplug
+    elif kind == "serial":
+        host = stack.enter_context(PtySerialHost(simulated))
+        bus, vanish = open_bus(SerialSpec("bus", host.port, 1_000_000)), host.stop
+    elif kind == "can on slcan":
+        adapter = stack.enter_context(SlcanHost(simulated))
+        bus = open_bus(CanSpec("bus", "slcan", adapter.port, 1_000_000, {"sleep_after_open": 0}))
+        vanish = adapter.stop
+    else:
+        channel = f"conformance{next(_numbers)}"
+        stack.enter_context(VirtualCanHost(simulated, channel))
+        bus = open_bus(CanSpec("bus", "virtual", channel, 1_000_000))
+    stack.callback(bus.close)
+    return Rig(bus, simulated, asks, answers, vanish)
+
+
+@pytest.fixture(params=["memory", "serial", "can, virtual", "can on slcan"])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with ExitStack() as stack:
+        yield make_rig(request.param, stack)
+
+
+def soon() -> MonotonicNs:
+    return after(monotonic_ns(), LONG_NS)
+
+
+def test_what_is_sent_arrives_and_the_reply_with_the_time_of_its_arrival(rig: Rig) -> None:
+    before = monotonic_ns()
+    rig.bus.send([rig.asks[0]], soon())
+    received = rig.bus.receive(soon())
+    assert received is not None
+    assert before <= received.at_ns <= monotonic_ns()
+    rest = rig.read(1) if size_of(received.unit) < size_of(rig.answers[0]) else []
+    assert joined([received.unit, *rest]) == joined([rig.answers[0]])
+
+
+def test_many_units_in_one_call_arrive_in_their_order(rig: Rig) -> None:
+    order = [0, 1, 1, 0, 0, 1, 0, 1] * 4
+    rig.bus.send([rig.asks[number] for number in order], soon())
+    assert joined(rig.read(len(order))) == joined([rig.answers[number] for number in order])
+
+
+def test_nothing_to_send_is_sent_at_once(rig: Rig) -> None:
+    rig.bus.send([], MonotonicNs(0))
+    assert rig.bus.receive(MonotonicNs(0)) is None
+
+
+def test_receive_waits_until_its_deadline_and_not_for_long_after_it(rig: Rig) -> None:
+    deadline = after(monotonic_ns(), 30 * MS)
+    assert rig.bus.receive(deadline) is None
+    assert deadline <= monotonic_ns() < deadline + 10 * SECOND
+
+
+def test_receive_does_not_wait_longer_than_for_the_reply(rig: Rig) -> None:
+    rig.bus.send([rig.asks[0]], soon())
+    rig.read(1)
+    assert monotonic_ns() < soon() - LONG_NS // 2
+
+
+def test_passed_deadline_brings_what_has_arrived_and_waits_for_nothing(rig: Rig) -> None:
+    assert rig.bus.receive(MonotonicNs(0)) is None
+    rig.bus.send([rig.asks[0], rig.asks[1], rig.asks[0]], soon())
+    pieces: list[Any] = []
+
+    def drain() -> bool:
+        while received := rig.bus.receive(MonotonicNs(0)):
+            pieces.append(received.unit)
+        return len(joined(pieces)) >= 3 * size_of(rig.answers[0])
+
+    wait_for(drain)
+    assert joined(pieces) == joined([rig.answers[0], rig.answers[1], rig.answers[0]])
+
+
+def test_late_reply_is_there_to_be_drained(rig: Rig) -> None:
+    rig.simulated.motors[0].faults.delay_ms = 20
+    rig.bus.send([rig.asks[0]], soon())
+    wait_for(lambda: rig.bus.receive(MonotonicNs(0)) is not None)
+
+
+def test_closed_bus_is_a_bus_error_from_every_call_and_may_be_closed_again(rig: Rig) -> None:
+    rig.bus.close()
+    for _ in range(2):
+        with pytest.raises(BusError):
+            rig.bus.receive(MonotonicNs(0))
+        with pytest.raises(BusError):
+            rig.bus.send([rig.asks[0]], soon())
+        rig.bus.close()
+
+
+def test_vanished_adapter_is_a_bus_error_from_receive(rig: Rig) -> None:
+    if rig.vanish is None:
+        pytest.skip("the virtual bus cannot vanish")
+    rig.vanish()
+    with pytest.raises(BusError):
+        rig.bus.receive(soon())
+
+
+def test_vanished_adapter_is_a_bus_error_from_send(rig: Rig) -> None:
+    if rig.vanish is None:
+        pytest.skip("the virtual bus cannot vanish")
+    rig.vanish()
+    with pytest.raises(BusError):
+        rig.bus.send([rig.asks[0]], soon())
+
+
+MISSING = [
+    SerialSpec("arm", "/dev/none", 1_000_000),
+    CanSpec("arm", "slcan", "/dev/none", 1_000_000),
+    CanSpec("arm", "socketcan", "nocan7", 1_000_000),
+]
+
+
+@pytest.mark.parametrize("spec", MISSING, ids=str)
+def test_adapter_that_is_not_there_is_a_bus_error_naming_it(spec: Any) -> None:
+    with pytest.raises(BusError, match=rf"arm.*{spec.port if isinstance(spec, SerialSpec) else spec.channel}"):
+        open_bus(spec)
+
+
+def test_frames_may_be_of_either_format_and_any_length() -> None:
+    with ExitStack() as stack:
+        rig = make_rig("can, virtual", stack)
+        channel = rig.bus._name.split()[-1].rstrip(")")  # type: ignore[attr-defined]  CanBus's
+        other = open_bus(CanSpec("other", "virtual", channel, 1_000_000))
+        stack.callback(other.close)
+        frames = [CanFrame(0x7F0 + size, bytes(range(size))) for size in range(9)]
+        frames += [CanFrame(0x1FFFFFF0 + size, bytes(size), extended=True) for size in range(9)]
+        rig.bus.send(frames, soon())
+        assert [received.unit for _ in frames if (received := other.receive(soon()))] == frames
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CanSpec("arm", "no_such_interface", "can0", 1_000_000),
+        CanSpec("arm", "slcan", "", 1_000_000),
+        SerialSpec("arm", "/dev/ptmx", -9600),
+    ],
+    ids=str,
+)
+def test_what_can_never_work_is_told_apart_from_what_is_not_there_now(spec: Any) -> None:
+    with pytest.raises(BusMisconfigured, match="arm"):
+        open_bus(spec)

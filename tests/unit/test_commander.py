@@ -1,0 +1,532 @@
+"""The commander, with a real log and workers that are told what to answer: one final outcome a command, never stale."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drivers.clock import MS, epoch_ns, monotonic_ns
+from drivers.cycle import Ticket
+from drivers.motor import Kind, Order, Status
+from drivers.notices import OrderDone, OrderFailed
+from gateway import commander as module
+from gateway.board import Board
+from gateway.commander import Commander, Incoming
+from gateway.commands import Outcome, Reason, State, decode_outcome
+from gateway.event_time import EventTime
+from gateway.journal import CommandState, Journal, JournalReader, Lost
+from gateway.writer import Committed, LogWriter
+from tests.gateway_parts import DEADLINE_S, MOTORS, Numbering, make_config
+
+
+class Deaf:
+    """A listener that the commander's tests need nothing of."""
+
+    def committed(self, committed: Committed) -> None: ...
+    def clock_stepped(self, step_ns: int) -> None: ...
+    def samples_dropped(self, counts: dict[int, int]) -> None: ...
+    def records_lost(self, lost: list[Lost]) -> None: ...
+    def disk_failed(self, error: str) -> None: ...
+    def disk_recovered(self) -> None: ...
+
+
+class Rig:
+    """An arm of two motors, a log in a file, and workers that remember what they were sent."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        config = make_config(directory)
+        path = directory / "journal.db"
+        time = EventTime()
+        self.writer = LogWriter(Journal(path, "arm1", MOTORS, 1 << 30), time, 1.0, published=False)
+        self.reader = JournalReader(path)
+        self.board = Board(config, time, path)
+        self.commander = Commander(config, self.reader, self.writer, self.board, time, self._send)
+        self.sent: list[Ticket] = []
+        self.known_when_sent: list[bool] = []  # whether the file knew an unfinished command at that moment
+        self.takes_orders = True
+        self._numbering = Numbering()
+        self._offset = 0
+        for view in self.board.motors.values():
+            view.online = True
+        self.told({0: 0.0, 1: 0.0})
+
+    def _send(self, partition: int, ticket: Ticket) -> bool:
+        assert ticket.motor == partition
+        self.known_when_sent.append(bool(self.reader.unfinished_commands()))
+        if self.takes_orders:
+            self.sent.append(ticket)
+        return self.takes_orders
+
+    def told(self, positions_rad: dict[int, float], status: Status = Status.ENABLED) -> None:
+        """Motors tell where they are, and the log has it."""
+        records = self._numbering.records(list(positions_rad))
+        records["position_rad"] = list(positions_rad.values())
+        records["status"] = status
+        self.commander.moved(self.board.update(records))
+
+    def record(self, command_id: str, motor: str = "joint1", kind: str = "position", **fields: Any) -> Incoming:
+        """A good command, but for ``fields``; None leaves one out."""
+        if kind == "position":
+            fields.setdefault("value", 1.0)
+        good = {"id": command_id, "motor": motor, "kind": kind, "ttl_ms": 60_000, "issued_at_ns": epoch_ns(), **fields}
+        self._offset += 1
+        raw = json.dumps({name: value for name, value in good.items() if value is not None}).encode()
+        return Incoming(raw, "local", 0, self._offset + 1)
+
+    async def give(self, command_id: str, *args: Any, **fields: Any) -> None:
+        await self.commander.handle([self.record(command_id, *args, **fields)])
+
+    def done(self, number: int = -1, detail: str = "ok") -> None:
+        """The worker says that the motor took this ticket."""
+        self.commander.order_done(OrderDone(self.sent[number].number, self.sent[number].motor, detail))
+
+    def failed(self, number: int = -1, reason: str = "no_reply", detail: str = "silent") -> None:
+        self.commander.order_failed(OrderFailed(self.sent[number].number, self.sent[number].motor, reason, detail))
+
+    async def outcomes(self, command_id: str) -> list[Outcome]:
+        """All that the log says of a command. At most one of it is final."""
+        await self.writer.durable()
+        every = [decode_outcome(entry.value) for entry in self.reader.entries(0, 1000, "outcomes")]
+        mine = [outcome for outcome in every if outcome.command_id == command_id]
+        assert sum(outcome.final for outcome in mine) <= 1, mine
+        assert not any(outcome.final for outcome in mine[:-1]), mine
+        return mine
+
+    async def final(self, command_id: str) -> tuple[State, Reason | None, str]:
+        last = (await self.outcomes(command_id))[-1]
+        assert last.final
+        return last.state, last.reason, last.detail
+
+    async def states(self, command_id: str) -> list[State]:
+        return [outcome.state for outcome in await self.outcomes(command_id)]
+
+
+@contextlib.asynccontextmanager
+async def running(directory: Path) -> AsyncIterator[Rig]:
+    rig = Rig(directory)
+    rig.writer.start(Deaf(), asyncio.get_running_loop())
+    try:
+        yield rig
+    finally:
+        assert await asyncio.to_thread(rig.writer.stop, DEADLINE_S)
+        rig.reader.close()
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with running(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions have no time at all to be reached."""
+    monkeypatch.setattr(module, "ARRIVAL_MARGIN_S", -1000.0)
+
+
+# --- the way of a good command ----------------------------------------------------------------------------------------
+
+
+async def test_position_is_accepted_then_done_when_the_motor_is_there(rig: Rig) -> None:
+    await rig.give("a", value=1.0, velocity_rad_s=2.0)
+    (ticket,) = rig.sent
+    assert (ticket.motor, ticket.order) == (0, Order(Kind.POSITION, 1.0, 2.0))
+    rig.done()
+    assert await rig.states("a") == [State.ACCEPTED]
+    rig.told({0: 0.97, 1: 1.0})
+    assert await rig.states("a") == [State.ACCEPTED]
+    rig.told({0: 0.99})
+    assert await rig.final("a") == (State.DONE, None, "at 0.9900 rad")
+
+
+async def test_position_without_a_speed_goes_at_the_motors_limit(rig: Rig) -> None:
+    await rig.give("a", "joint2")
+    assert rig.sent[0].order.velocity_rad_s == 4.0
+
+
+async def test_enable_is_done_when_the_motor_says_so(rig: Rig) -> None:
+    await rig.give("a", kind="enable")
+    assert await rig.states("a") == [State.ACCEPTED]
+    rig.done(detail="torque is on")
+    assert await rig.final("a") == (State.DONE, None, "torque is on")
+
+
+async def test_ticket_is_good_no_longer_than_the_command(rig: Rig) -> None:
+    before = monotonic_ns()
+    await rig.give("a", ttl_ms=5000, issued_at_ns=epoch_ns() - 2000 * MS)
+    assert rig.sent[0].expires_ns <= monotonic_ns() + 3000 * MS
+    await rig.give("b", "joint2", ttl_ms=5000, issued_at_ns=epoch_ns() + 400 * MS)  # a clock that is a little fast
+    assert before <= rig.sent[1].expires_ns <= monotonic_ns() + 5000 * MS
+
+
+async def test_nothing_that_begins_a_motion_is_sent_before_it_is_written_down(rig: Rig) -> None:
+    await rig.give("a", kind="enable")
+    await rig.give("b", "joint2")
+    assert rig.known_when_sent == [True, True]
+
+
+async def test_sick_disk_holds_up_motions_but_not_what_ends_them(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = asyncio.Event()
+    durable = rig.writer.durable
+
+    async def slow() -> None:
+        await free.wait()
+        await durable()
+
+    monkeypatch.setattr(rig.writer, "durable", slow)
+    move = asyncio.create_task(rig.give("move"))
+    stop = asyncio.create_task(rig.give("stop", "joint2", kind="stop"))
+    await stop
+    assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP]
+    free.set()
+    await move
+    assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP, Kind.POSITION]
+
+
+async def test_motion_that_is_stopped_while_it_is_written_down_is_never_sent(rig: Rig) -> None:
+    await rig.commander.handle([rig.record("move"), rig.record("stop", kind="stop")])
+    assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP]
+    assert await rig.final("move") == (State.SUPERSEDED, Reason.NEWER_COMMAND, "by 'stop'")
+
+
+async def test_inbox_is_written_down_with_every_record_good_or_bad(rig: Rig) -> None:
+    bad = Incoming(b"junk", "local", 0, 3)
+    await rig.commander.handle([rig.record("a"), bad])
+    await rig.writer.durable()
+    assert rig.reader.inbox("local") == {0: 3}
+    await rig.give("a")  # a duplicate
+    await rig.writer.durable()
+    assert rig.reader.inbox("local") == {0: 3}
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+HOUR_NS = 3600 * 1000 * MS
+
+REFUSALS = [  # (fields, state, reason, what the detail names)
+    ({"ttl_ms": 0}, State.REJECTED, Reason.MALFORMED, ["ttl_ms = 0"]),
+    ({"value": None}, State.REJECTED, Reason.MALFORMED, ["needs a value"]),
+    ({"issued_at_ns": -(10**300)}, State.REJECTED, Reason.MALFORMED, ["issued_at_ns"]),
+    ({"motor": "elbow"}, State.REJECTED, Reason.UNKNOWN_MOTOR, ["'elbow'", "joint1, joint2"]),
+    ({"kind": "torque", "value": 1.0}, State.REJECTED, Reason.UNSUPPORTED, ["joint1", "torque"]),
+    ({"targets": {"joint1": 1.0}}, State.REJECTED, Reason.UNSUPPORTED, ["targets"]),
+    ({"motor": "*"}, State.REJECTED, Reason.UNSUPPORTED, ["position for all motors"]),
+    ({"issued_at_ns": 0}, State.EXPIRED, Reason.STALE, ["was good for 60000 ms"]),
+    ({"issued_at_ns": 2**62}, State.REJECTED, Reason.CLOCK_SKEW, ["in the future", "at most 500 ms"]),
+    ({"value": 1.6}, State.REJECTED, Reason.OUT_OF_LIMITS, ["1.6 rad", "joint1", "-1 to 1.5 rad"]),
+    ({"value": -1.001}, State.REJECTED, Reason.OUT_OF_LIMITS, ["-1.001 rad", "-1 to 1.5 rad"]),
+    ({"velocity_rad_s": 5.5}, State.REJECTED, Reason.OUT_OF_LIMITS, ["5.5 rad/s", "at most 5 rad/s", "joint1"]),
+    ({"velocity_rad_s": 0}, State.REJECTED, Reason.OUT_OF_LIMITS, ["above 0"]),
+    ({"velocity_rad_s": -1}, State.REJECTED, Reason.OUT_OF_LIMITS, ["above 0"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "state", "reason", "named"), REFUSALS)
+async def test_refusal_says_what_is_wrong_and_what_would_be_right(
+    rig: Rig, fields: dict[str, Any], state: State, reason: Reason, named: list[str]
+) -> None:
+    await rig.give("a", **fields)
+    found_state, found_reason, detail = await rig.final("a")
+    assert (found_state, found_reason) == (state, reason)
+    for word in named:
+        assert word in detail
+    assert rig.sent == []
+    assert await rig.states("a") == [state]
+
+
+@pytest.mark.parametrize("value", [-1.0, 1.5])
+async def test_the_limits_themselves_are_allowed(rig: Rig, value: float) -> None:
+    await rig.give("a", value=value, velocity_rad_s=5.0)
+    assert len(rig.sent) == 1
+
+
+async def test_motor_that_is_offline_is_named(rig: Rig) -> None:
+    rig.board.motors[0].online = False
+    await rig.give("a")
+    assert await rig.final("a") == (State.REJECTED, Reason.MOTOR_OFFLINE, "joint1: no answer on bus 'serial0'")
+
+
+async def test_motor_without_torque_takes_no_position(rig: Rig) -> None:
+    rig.told({0: 0.0}, Status(0))
+    await rig.give("a")
+    state, reason, detail = await rig.final("a")
+    assert (state, reason) == (State.REJECTED, Reason.NOT_ENABLED)
+    assert "joint1" in detail
+
+
+async def test_clock_that_is_a_little_fast_is_no_skew(rig: Rig) -> None:
+    await rig.give("a", issued_at_ns=epoch_ns() + 300 * MS)
+    assert len(rig.sent) == 1
+
+
+@pytest.mark.parametrize("raw", [b"", b"junk", b"\xff\xfe", b"[" * 60_000, b'{"motor": "joint1"}', b'{"id": 5}'])
+async def test_record_without_an_id_becomes_an_event_with_its_place(rig: Rig, raw: bytes) -> None:
+    await rig.commander.handle([Incoming(raw, "local", 0, 8)])
+    await rig.writer.durable()
+    (entry,) = rig.reader.entries(0, 10)
+    event = json.loads(entry.value)
+    assert (entry.topic, event["type"], event["source_offset"]) == ("events", "command.unreadable", 7)
+    assert event["detail"]
+
+
+async def test_id_of_a_malformed_command_may_be_used_again(rig: Rig) -> None:
+    await rig.give("a", ttl_ms=0)
+    await rig.give("a")
+    assert len(rig.sent) == 1
+
+
+CHAIN = [  # each lacks one thing more than the one before it is checked for
+    (Reason.MALFORMED, {"ttl_ms": 0}),
+    (Reason.UNKNOWN_MOTOR, {"motor": "elbow"}),
+    (Reason.UNSUPPORTED, {"kind": "velocity"}),
+    (Reason.STALE, {"issued_at_ns": 0}),
+    (Reason.OUT_OF_LIMITS, {"value": 9.0}),
+]
+
+
+@pytest.mark.parametrize("first", range(len(CHAIN)))
+async def test_what_is_checked_first_is_told(rig: Rig, first: int) -> None:
+    fields: dict[str, Any] = {}
+    for _, wrong in reversed(CHAIN[first:]):
+        fields |= wrong
+    rig.told({0: 0.0}, Status(0))
+    await rig.give("a", **fields)
+    assert (await rig.final("a"))[1] is CHAIN[first][0]
+
+
+async def test_offline_is_told_before_limits_and_after_staleness(rig: Rig) -> None:
+    rig.board.motors[0].online = False
+    await rig.give("a", value=9.0)
+    assert (await rig.final("a"))[1] is Reason.MOTOR_OFFLINE
+    await rig.give("b", issued_at_ns=0)
+    assert (await rig.final("b"))[1] is Reason.STALE
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------------
+
+
+async def duplicates(rig: Rig, command_id: str) -> list[Outcome]:
+    await rig.writer.durable()
+    every = [decode_outcome(entry.value) for entry in rig.reader.entries(0, 1000, "outcomes")]
+    return [o for o in every if o.command_id == command_id and o.reason is Reason.DUPLICATE]
+
+
+async def test_id_is_good_once_in_a_batch_later_and_after_a_restart(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.commander.handle([rig.record("a", kind="enable"), rig.record("a", kind="enable")])
+        await rig.give("a", kind="enable")
+        assert len(rig.sent) == 1
+        assert len(await duplicates(rig, "a")) == 2
+        rig.done()
+        await rig.give("a", kind="enable")
+    async with running(tmp_path) as rig:
+        await rig.give("a", kind="enable")
+        assert rig.sent == []
+        assert len(await duplicates(rig, "a")) == 4
+
+
+@pytest.mark.parametrize("fields", [{"motor": "elbow"}, {"kind": "torque"}])
+async def test_refused_record_with_the_id_of_a_running_command_does_not_touch_it(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    async with running(tmp_path) as rig:
+        await rig.give("a")
+        await rig.give("a", **fields)
+        await rig.writer.durable()
+        assert [state.id for state in rig.reader.unfinished_commands()] == ["a"]
+    async with running(tmp_path) as rig:
+        rig.commander.finish_interrupted()
+        await rig.writer.durable()
+        last = decode_outcome(rig.reader.entries(0, 1000, "outcomes")[-1].value)
+        assert (last.command_id, last.state, last.reason) == ("a", State.FAILED, Reason.INTERRUPTED)
+
+
+async def test_rejected_id_is_used_up(rig: Rig) -> None:
+    await rig.give("a", value=9.0)
+    await rig.give("a", value=1.0)
+    assert rig.sent == []
+    assert len(await duplicates(rig, "a")) == 1
+
+
+# --- what becomes of it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [("no_reply", Reason.NO_REPLY), ("stale", Reason.STALE), ("motor_offline", Reason.MOTOR_OFFLINE),
+     ("overloaded", Reason.OVERLOADED), ("a word of its own", Reason.REFUSED)],
+)  # fmt: skip
+async def test_workers_refusal_is_the_end(rig: Rig, reason: str, told: Reason) -> None:
+    await rig.give("a")
+    rig.failed(reason=reason, detail="said why")
+    assert await rig.final("a") == (State.FAILED, told, "said why")
+
+
+async def test_bus_that_takes_no_orders_fails_the_command(rig: Rig) -> None:
+    rig.takes_orders = False
+    await rig.give("a")
+    assert await rig.final("a") == (State.FAILED, Reason.OVERLOADED, "bus 'serial0' takes no orders now")
+
+
+async def test_position_that_is_not_reached_in_time_says_where_it_stands(rig: Rig, late: None) -> None:
+    await rig.give("a", value=1.0)
+    rig.commander.check_deadlines()
+    rig.done()
+    rig.told({0: 0.25})
+    rig.commander.check_deadlines()
+    state, reason, detail = await rig.final("a")
+    assert (state, reason) == (State.FAILED, Reason.NOT_REACHED)
+    assert "0.2500 rad" in detail
+    assert "1.0000 rad" in detail
+
+
+async def test_position_under_way_has_twice_the_time_of_its_way(rig: Rig) -> None:
+    await rig.give("a", value=1.0, velocity_rad_s=0.001)
+    rig.done()
+    rig.commander.check_deadlines()
+    assert await rig.states("a") == [State.ACCEPTED]
+
+
+async def test_motor_that_goes_silent_on_the_way_fails_the_command(rig: Rig) -> None:
+    await rig.give("a")
+    rig.done()
+    rig.board.motors[0].online = False
+    rig.commander.check_deadlines()
+    assert (await rig.final("a"))[:2] == (State.FAILED, Reason.MOTOR_OFFLINE)
+
+
+async def test_motor_that_loses_its_torque_on_the_way_fails_the_command(rig: Rig) -> None:
+    await rig.give("a")
+    rig.done()
+    rig.told({0: 0.5}, Status(0))
+    assert (await rig.final("a"))[:2] == (State.FAILED, Reason.NOT_ENABLED)
+
+
+@pytest.mark.parametrize("kind", ["position", "stop", "disable"])
+@pytest.mark.parametrize("under_way", [False, True])
+async def test_setpoint_gives_way_to_a_newer_one_and_to_what_ends_the_motion(
+    rig: Rig, kind: str, under_way: bool
+) -> None:
+    await rig.give("a")
+    if under_way:
+        rig.done()
+    await rig.give("b", kind=kind)
+    assert await rig.final("a") == (State.SUPERSEDED, Reason.NEWER_COMMAND, "by 'b'")
+    rig.commander.order_done(OrderDone(rig.sent[0].number, 0, "late"))
+    rig.told({0: 1.0})
+    assert await rig.states("a") == [State.ACCEPTED, State.SUPERSEDED]
+
+
+async def test_setpoint_of_one_motor_does_not_end_that_of_another(rig: Rig) -> None:
+    await rig.give("a")
+    await rig.give("b", "joint2")
+    await rig.give("c", kind="enable")
+    assert await rig.states("a") == [State.ACCEPTED]
+
+
+async def test_refused_setpoint_ends_nothing(rig: Rig) -> None:
+    await rig.give("a")
+    await rig.give("b", value=9.0)
+    assert await rig.states("a") == [State.ACCEPTED]
+
+
+async def test_command_for_all_is_done_when_all_are(rig: Rig) -> None:
+    await rig.give("a", "*", kind="stop")
+    assert [ticket.motor for ticket in rig.sent] == [0, 1]
+    rig.done(0, "holding")
+    assert await rig.states("a") == [State.ACCEPTED]
+    rig.done(1, "holding")
+    assert await rig.final("a") == (State.DONE, None, "holding")
+
+
+async def test_command_for_all_fails_if_one_does_and_says_which(rig: Rig) -> None:
+    await rig.give("a", "*", kind="stop")
+    rig.failed(1, "no_reply", "joint2 kept silent")
+    rig.done(0)
+    assert await rig.final("a") == (State.FAILED, Reason.NO_REPLY, "joint2 kept silent")
+
+
+async def test_command_for_all_reaches_those_that_are_there(rig: Rig) -> None:
+    rig.board.motors[0].online = False
+    await rig.give("a", "*", kind="stop")
+    assert [ticket.motor for ticket in rig.sent] == [1]
+    rig.done()
+    assert await rig.final("a") == (State.FAILED, Reason.MOTOR_OFFLINE, "joint1 does not answer")
+
+
+async def test_stop_for_all_ends_every_motion(rig: Rig) -> None:
+    await rig.give("a")
+    await rig.give("b", "joint2")
+    await rig.give("c", "*", kind="stop")
+    for command_id in ("a", "b"):
+        assert (await rig.final(command_id))[0] is State.SUPERSEDED
+
+
+async def test_answer_to_nothing_is_ignored(rig: Rig) -> None:
+    rig.commander.order_done(OrderDone(99, 0, ""))
+    rig.commander.order_failed(OrderFailed(99, 0, "stale", ""))
+    await rig.give("a", kind="enable")
+    rig.done()
+    rig.done()
+    rig.failed()
+    assert await rig.states("a") == [State.ACCEPTED, State.DONE]
+
+
+async def test_dead_worker_interrupts_what_it_had_not_answered_and_only_that(rig: Rig) -> None:
+    await rig.give("a", kind="enable")
+    await rig.give("b", "joint2", kind="enable")
+    rig.commander.worker_gone([0])
+    assert (await rig.final("a"))[:2] == (State.FAILED, Reason.INTERRUPTED)
+    assert await rig.states("b") == [State.ACCEPTED]
+    rig.commander.worker_gone([0, 1])
+    assert (await rig.final("b"))[:2] == (State.FAILED, Reason.INTERRUPTED)
+
+
+async def test_dead_worker_interrupts_a_command_for_all_once(rig: Rig) -> None:
+    await rig.give("a", "*", kind="stop")
+    rig.done(0)
+    rig.commander.worker_gone([0, 1])
+    assert (await rig.final("a"))[:2] == (State.FAILED, Reason.INTERRUPTED)
+
+
+async def test_stopped_gateway_ends_everything_and_the_next_run_nothing_twice(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.give("a")
+        await rig.give("b", "joint2")
+        rig.done()
+        rig.commander.interrupt_all()
+    async with running(tmp_path) as rig:
+        rig.commander.finish_interrupted()
+        for command_id in ("a", "b"):
+            assert await rig.states(command_id) == [State.ACCEPTED, State.FAILED]
+            assert (await rig.final(command_id))[1] is Reason.INTERRUPTED
+
+
+async def test_what_a_crash_left_is_ended_once_and_not_sent_again(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.give("a")
+        await rig.give("b", "joint2", kind="enable")
+        rig.done()
+        await rig.outcomes("b")
+    for _ in range(2):
+        async with running(tmp_path) as rig:
+            rig.commander.finish_interrupted()
+            assert await rig.states("a") == [State.ACCEPTED, State.FAILED]
+            assert (await rig.final("a"))[1] is Reason.INTERRUPTED
+            assert await rig.states("b") == [State.ACCEPTED, State.DONE]
+            assert rig.sent == []
+            assert rig.reader.unfinished_commands() == []
+
+
+async def test_final_state_is_remembered(rig: Rig) -> None:
+    await rig.give("a", kind="enable")
+    rig.done()
+    await rig.writer.durable()
+    state = rig.reader.command("a")
+    assert isinstance(state, CommandState)
+    assert (state.final, state.motor) == (True, "joint1")
