@@ -36,4 +36,5 @@ def left_s(deadline: int) -> float:
 
 def sleep_until(deadline: int) -> None:
     """Sleep until ``deadline``; return at once if it has passed."""
-    time.sleep(left_s(deadline))
+    if left := left_s(deadline):  # even sleep(0) costs a turn of the scheduler
+        time.sleep(left)

@@ -210,7 +210,7 @@ class Journal(Table):
 
     max_mb: int = Field(default=2048, ge=16)
     """Size at which the oldest batches go, acknowledged ones first, in MB."""
-    flush_ms: float = Field(default=2.0, gt=0, le=1000)
+    flush_ms: float = Field(default=3.0, gt=0, le=1000)
     """The longest that a sample waits for others before it is written."""
 
 

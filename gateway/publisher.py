@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 BATCH_BYTES = 512 << 10  # well below the broker's default limit of 1 MiB
 BATCH_RECORDS = 2048  # bounds how long the event loop is away while a backlog drains
-LINGER_NS = 2 * MS
 RETRY_FIRST_S, RETRY_MOST_S = 0.2, 5.0
 SEQ_HEADER = "servo-seq"  # stream and seq of a record whose value has no place for them
 
@@ -378,17 +377,14 @@ class Publisher:
     # -- the flow ------------------------------------------------------------------------------------------------
 
     async def _publish(self, producer: AIOKafkaProducer) -> None:
-        sent_at = 0
         while True:
             self._wake.clear()
             for lane in self._lanes:
                 if not lane.busy and lane.pending():
                     await self._send(producer, lane)
-            sent_at = monotonic_ns()
             if self._failure:
                 raise self._failure
             await self._wake.wait()
-            await asyncio.sleep(left_s(sent_at + LINGER_NS))
 
     async def _send(self, producer: AIOKafkaProducer, lane: Lane) -> None:
         batch = producer.create_batch()
@@ -409,9 +405,9 @@ class Publisher:
         lane.busy = False
         if future.cancelled():
             return
-        self._wake.set()
         if error := future.exception():
             self._failure = error
+            self._wake.set()
             return
         offset = future.result().offset  # -1: the broker had it already, from a try whose answer was lost
         if offset not in {-1, lane.next_offset}:
@@ -423,3 +419,5 @@ class Publisher:
         lane.next_offset += count
         lane.acknowledged(last.seq, last.row)
         self._bookmark(lane.name, lane.partition, lane.seq, lane.row)
+        if lane.pending():  # else the next commit wakes us: a wake costs more than a record
+            self._wake.set()

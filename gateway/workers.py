@@ -5,6 +5,7 @@ is hung in some library: it is killed, its motors are told to be offline, and an
 """
 
 import asyncio
+import contextlib
 import logging
 import pickle
 import socket
@@ -176,5 +177,6 @@ async def keep_running(module: str, plan: object, told: Callable[[str], None]) -
 async def _closed(end: socket.socket) -> None:
     """Return when the other end is closed."""
     loop = asyncio.get_running_loop()
-    while await loop.sock_recv(end, 1):
-        pass
+    with contextlib.suppress(ConnectionError):  # it died before it had read everything
+        while await loop.sock_recv(end, 1):
+            pass

@@ -77,7 +77,9 @@ class LogWriter:
         self._samples_count = 0
         self._dropped: Counter[int] = Counter()
         self._changes = Changes()
+        self._published_upto: dict[tuple[str, int], tuple[int, int]] = {}
         self._durable: list[Future[None]] = []
+        self._idle = False  # the thread waits for something to do
         self._stopping = False
         self._failing = False
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
@@ -97,13 +99,13 @@ class LogWriter:
                 oldest = self._samples.popleft()
                 self._samples_count -= len(oldest)
                 self._dropped.update(oldest["motor"].tolist())
-            self._wake.notify()
+            self._notify()
 
     def entry(self, entry: Entry) -> None:
         """Append an event or an outcome."""
         with self._wake:
             self._changes.entries.append(entry)
-            self._wake.notify()
+            self._notify()
 
     def command(self, state: CommandState, outcome: Entry | None, inbox: tuple[str, int, int] | None) -> None:
         """Remember a command's state, its outcome record, and how far (source, partition, next) the inbox is read."""
@@ -121,12 +123,17 @@ class LogWriter:
             self._changes.entries.append(outcome)
         if inbox:
             self._changes.inbox[inbox[:2]] = inbox[2]
-        self._wake.notify()
+        self._notify()
+
+    def _notify(self) -> None:
+        """Wake the thread if it waits for work; while it waits for company, a wake would cost and change nothing."""
+        if self._idle:
+            self._wake.notify()
 
     def published(self, topic: str, partition: int, seq: int, row: int) -> None:
-        """Remember how far the broker has acknowledged; written with the next commit."""
+        """Remember how far the broker has acknowledged; written about once a second, and before anything is trimmed."""
         with self._wake:
-            self._changes.published[topic, partition] = (seq, row)
+            self._published_upto[topic, partition] = (seq, row)
 
     async def durable(self) -> None:
         """Return when everything appended so far is committed; it is, without waiting for the flush interval."""
@@ -151,8 +158,10 @@ class LogWriter:
         flushed_at = housekeeping_at = monotonic_ns()
         while True:
             with self._wake:
+                self._idle = True
                 while not (self._pending() or self._stopping or carried):
-                    self._wake.wait(HOUSEKEEPING_NS / SECOND)
+                    self._wake.wait()
+                self._idle = False
                 linger_ns = flushed_at + self._flush_ns - monotonic_ns()
                 while linger_ns > 0 and not self._durable and not self._stopping:
                     self._wake.wait(linger_ns / SECOND)
@@ -170,6 +179,7 @@ class LogWriter:
                 housekeeping_at = flushed_at
                 self._keep_house()
             if stopping and not carried and not self._pending():
+                self._keep_house()
                 self._journal.close()
                 return
 
@@ -183,7 +193,7 @@ class LogWriter:
         changes, self._changes = self._changes, Changes()
         durable, self._durable = self._durable, []
         if self._samples:
-            changes.telemetry = self._stamp.stamp(np.concatenate(self._samples))
+            changes.telemetry = self._stamp.stamp(np.frombuffer(b"".join(map(bytes, self._samples)), SAMPLE))
             self._samples.clear()
             self._samples_count = 0
         return changes, durable
@@ -210,7 +220,11 @@ class LogWriter:
         return True
 
     def _keep_house(self) -> None:
+        with self._wake:
+            published, self._published_upto = self._published_upto, {}
         try:
+            if published:
+                self._journal.commit(Changes(published=published))
             self._journal.save_heads()
             if lost := self._journal.trim(published=self._published):
                 self._tell(self._listener.records_lost, lost)

@@ -79,6 +79,11 @@ class CanBus(Bus[CanFrame]):
                 message, _ = self._bus._recv_internal(timeout=waiting_s)
             except _GARBLED:
                 continue
+            except can.CanError as error:
+                if not isinstance(error.__cause__, UnicodeDecodeError):
+                    raise
+                self._bus._buffer.clear()  # type: ignore[attr-defined]  # slcan's; it would stumble over it for ever
+                continue
             if message is not None or (self._fd is None and not left_s(deadline)):
                 return message
 

@@ -93,7 +93,8 @@ def _tell(console: Console, found: dict[str, list[dict[str, Any]]]) -> dict[str,
         "event-cost: processor by stage, us an event",
         ("stage", "paced", "share", "flat out", "share"),
         rows,
-        "Shares are of the process's own processor time in the same, instrumented runs: their sum is the cross-check. "
+        "Shares are of the process's own processor time in the same, instrumented runs. The event loop and the writer "
+        "thread are what is left of their threads' time, so the sum checks that no thread is missed, not the stages. "
         + "Instrumented runs cost "
         + ", ".join(
             f"{_cost(loads, load) / loads[load]['cpu_us_per_event']:.2f} times a plain one {load}" for load in stages

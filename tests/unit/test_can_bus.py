@@ -108,7 +108,7 @@ def test_deadline_is_not_stretched_by_a_wall_clock_that_steps_back(monkeypatch: 
 
 
 def test_bit_rate_that_the_adapter_does_not_know_can_never_work(adapter: Adapter) -> None:
-    with pytest.raises(BusMisconfigured, match="can0.*choose one of"):
+    with pytest.raises(BusMisconfigured, match=r"can0.*choose one of"):
         CanBus(CanSpec("can0", "slcan", adapter.port, 123_456, SPEC))
 
 
@@ -119,7 +119,7 @@ def test_option_that_makes_no_sense_can_never_work(adapter: Adapter) -> None:
 
 def test_adapter_that_takes_nothing_is_a_bus_error_in_the_end(bus: CanBus) -> None:
     frames = [CanFrame(1, bytes(8))] * 100_000
-    with pytest.raises(BusError, match="can0.*sending"):
+    with pytest.raises(BusError, match=r"can0.*sending"):
         bus.send(frames, after(monotonic_ns(), 20 * MS))
 
 
@@ -127,6 +127,9 @@ class Kernel(can.BusABC):
     """A bus whose frames bear a time of the kernel's, as SocketCAN's do."""
 
     stamps: list[float]
+
+    def __init__(self) -> None:
+        super().__init__("vcan0")
 
     def _recv_internal(self, timeout: float | None) -> tuple[can.Message | None, bool]:
         return can.Message(timestamp=self.stamps.pop(), arbitration_id=1), False
@@ -139,7 +142,7 @@ class Kernel(can.BusABC):
 def test_kernels_time_counts_unless_the_wall_clock_stepped_in_between(
     monkeypatch: pytest.MonkeyPatch, age_ms: float, kept: bool
 ) -> None:
-    monkeypatch.setattr(module.can, "Bus", lambda **_: Kernel("vcan0"))
+    monkeypatch.setattr(can, "Bus", lambda **_: Kernel())
     monkeypatch.setattr(module, "monotonic_ns", lambda: MonotonicNs(50 * SECOND))
     monkeypatch.setattr(module, "epoch_ns", lambda: 1000 * SECOND)
     bus = CanBus(CanSpec("can0", "socketcan", "vcan0", 1_000_000))

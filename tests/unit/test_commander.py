@@ -280,7 +280,7 @@ async def test_id_of_a_malformed_command_may_be_used_again(rig: Rig) -> None:
     assert len(rig.sent) == 1
 
 
-CHAIN = [  # each lacks one thing more than the one before it is checked for
+CHAIN: list[tuple[Reason, dict[str, Any]]] = [  # each lacks one thing more than the one before it is checked for
     (Reason.MALFORMED, {"ttl_ms": 0}),
     (Reason.UNKNOWN_MOTOR, {"motor": "elbow"}),
     (Reason.UNSUPPORTED, {"kind": "velocity"}),

@@ -84,7 +84,7 @@ def test_a_good_file_becomes_a_config() -> None:
     config = loads(GOOD, "arm.toml")
     assert config.kafka is None
     assert config.simulation is None
-    assert (config.journal.max_mb, config.journal.flush_ms) == (2048, 2.0)
+    assert (config.journal.max_mb, config.journal.flush_ms) == (2048, 3.0)
     assert (config.arm.late_after_ms, config.arm.offline_after_ms, config.arm.realtime) == (50, 300, True)
     can, serial = config.buses
     assert isinstance(can, CanBus)

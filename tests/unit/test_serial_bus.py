@@ -59,13 +59,13 @@ def test_every_byte_value_passes_both_ways(line: Line, bus: SerialBus) -> None:
 
 def test_line_that_takes_nothing_is_a_bus_error_at_the_deadline(bus: SerialBus) -> None:
     before = monotonic_ns()
-    with pytest.raises(BusError, match="arm.*bytes were not taken in time"):
+    with pytest.raises(BusError, match=r"arm.*bytes were not taken in time"):
         bus.send([bytes(1 << 20)], after(before, 20 * MS))
     assert monotonic_ns() >= before + 20 * MS
 
 
 def test_second_program_is_kept_off_the_port(line: Line, bus: SerialBus) -> None:
-    with pytest.raises(BusError, match=f"arm.*{line.port}"):
+    with pytest.raises(BusError, match=rf"arm.*{line.port}"):
         SerialBus(SerialSpec("other arm", line.port, 1_000_000))
 
 

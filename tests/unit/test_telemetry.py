@@ -39,7 +39,7 @@ def message_type(tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert protoc.main(["protoc", f"-I{PROTO.parent}", f"--descriptor_set_out={compiled}", str(PROTO)]) == 0
     pool = descriptor_pool.DescriptorPool()
     for file in descriptor_pb2.FileDescriptorSet.FromString(compiled.read_bytes()).file:
-        pool.Add(file)  # type: ignore[no-untyped-call]  types-protobuf leaves it out
+        pool.Add(file)  # type: ignore[no-untyped-call]  # types-protobuf leaves it out
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("servo.Telemetry"))
 
 
