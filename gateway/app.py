@@ -49,8 +49,9 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 STATUS_TICKS = 10
-DRAIN_S = 1.5
-WRITER_STOP_S = 2.0
+# together with the workers' and Kafka's own, even if everything hangs: a stop takes five seconds at most
+DRAIN_S = 1.0
+WRITER_STOP_S = 1.0
 
 
 class Gateway:
@@ -88,24 +89,27 @@ class Gateway:
         self._event(EventType.GATEWAY_STARTED, stream=self.stream, motors=len(self._config.motors))
         self._commander.finish_interrupted()
         try:
-            async with self._tasks() as tasks:
+            async with self._tasks() as (polling, others):
                 stopped = asyncio.create_task(self._stop.wait())
-                ended, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+                ended, _ = await asyncio.wait({stopped, *polling, *others}, return_when=asyncio.FIRST_COMPLETED)
                 stopped.cancel()
                 self._commander.interrupt_all()
                 self._event(EventType.GATEWAY_STOPPING)
                 for task in ended - {stopped}:
                     task.result()  # a part that must not end did: say why
+                await _cancel(polling)  # before the drain: what they bring from here on would stay behind
                 if self._publisher:
-                    await self._writer.durable()
-                    await self._publisher.drained(DRAIN_S)
+                    with contextlib.suppress(TimeoutError):  # the disk is full, or hangs
+                        async with asyncio.timeout(DRAIN_S):
+                            await self._writer.durable()
+                            await self._publisher.drained(DRAIN_S)
         finally:
             if not await asyncio.to_thread(self._writer.stop, WRITER_STOP_S):
                 log.error("journal: the disk did not take the last records in %g s", WRITER_STOP_S)
             self._reader.close()
 
     @contextlib.asynccontextmanager
-    async def _tasks(self) -> AsyncIterator[list[asyncio.Task[None]]]:
+    async def _tasks(self) -> AsyncIterator[tuple[list[asyncio.Task[None]], list[asyncio.Task[None]]]]:
         """Every part that runs by itself; all are stopped together, but simulated motors after those who poll them."""
         handle = self._commander.handle
         local_start = self._reader.inbox(local_commands.SOURCE).get(0, 1)
@@ -117,16 +121,16 @@ class Gateway:
         shutil.rmtree(self._state.simulated, ignore_errors=True)
         simulated = plans.simulated_buses(self._config, self._state.simulated, everything=False)
         links = [Path(plan.where) for plan in simulated]
-        parts += [_run_when_there(worker, links) for worker in self._workers.values()]
+        polling = [asyncio.create_task(_run_when_there(worker, links)) for worker in self._workers.values()]
         tasks = [asyncio.create_task(part) for part in parts]
         motors = []
         if simulated:
             plan = SimulatorPlan(simulated, self._config.arm.realtime)
             motors.append(asyncio.create_task(keep_running("gateway.simulator", plan, log.error)))
         try:
-            yield [*tasks, *motors]
+            yield polling, [*tasks, *motors]
         finally:
-            await _cancel(tasks)
+            await _cancel([*polling, *tasks])
             await _cancel(motors)
 
     async def _tick(self) -> None:

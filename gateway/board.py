@@ -13,7 +13,7 @@ from drivers.motor import Status
 from drivers.notices import CycleStats
 from gateway.config import Config, Motor
 from gateway.event_time import EventTime
-from gateway.telemetry import Records
+from gateway.telemetry import Records, by_partition
 
 RATE_WINDOW_NS = 2 * SECOND
 NO_STATUS = Status(0)
@@ -83,11 +83,10 @@ class Board:
 
     def update(self, records: Records) -> list[MotorView]:
         """Take over the newest record of each motor in ``records``; the motors that they concern."""
-        newest = {partition: number for number, partition in enumerate(records["partition"].tolist())}
         views = []
-        for partition, number in newest.items():
+        for partition, mine in by_partition(records):
             view = self.motors[partition]
-            record = records[number]
+            record = mine[-1]
             view.seq = int(record["seq"])
             view.sampled_at_ns = int(record["sampled_at_ns"])
             view.position_rad = float(record["position_rad"])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from drivers import protocols
-from drivers.clock import MS, SECOND, after, monotonic_ns
+from drivers.clock import MS, SECOND, after, epoch_ns, monotonic_ns
 from drivers.cycle import Ticket
 from drivers.motor import SETPOINTS, Kind, Order, Status
 from drivers.notices import OrderDone, OrderFailed
@@ -74,11 +74,16 @@ class Commander:
         board: Board,
         time: EventTime,
         send: Callable[[int, Ticket], bool],
+        started_at_ns: int | None = None,
     ) -> None:
-        """``send`` hands a ticket to the worker that owns the motor's bus; False if it takes none."""
+        """``send`` hands a ticket to the worker that owns the motor's bus; False if it takes none.
+
+        ``started_at_ns`` (wall clock; now, if not given) tells a backlog from a command.
+        """
         self._journal = journal
         self._writer = writer
         self._board = board
+        self._started_at_ns = epoch_ns() if started_at_ns is None else started_at_ns
         self._time = time
         self._send = send
         self._partitions = {motor.name: motor.partition for motor in config.motors}
@@ -171,6 +176,8 @@ class Commander:
         if age_ms > command.ttl_ms:
             detail = f"issued {age_ms:.0f} ms ago, was good for {command.ttl_ms:g} ms"
             return State.EXPIRED, Reason.STALE, detail
+        if command.issued_at_ns < self._started_at_ns:
+            return State.EXPIRED, Reason.STALE, "issued before this run of the gateway began: a backlog moves nothing"
         if age_ms < -SKEW_MS:
             detail = f"issued {-age_ms:.0f} ms in the future (at most {SKEW_MS:.0f} ms): set the sender's clock"
             return State.REJECTED, Reason.CLOCK_SKEW, detail

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gateway.stamp import Head
-from gateway.telemetry import RECORD, Records
+from gateway.telemetry import RECORD, Records, by_partition
 
 log = logging.getLogger(__name__)
 
@@ -391,20 +391,18 @@ def batches_after(db: sqlite3.Connection, after: int, upto: int = 2**62, *, limi
 
 
 def _advance(heads: dict[int, Head], records: Records) -> None:
-    for partition in np.unique(records["partition"]):
-        last = records[np.flatnonzero(records["partition"] == partition)[-1]]
-        heads[int(partition)] = Head(int(last["seq"]), int(last["sampled_at_ns"]))
+    for partition, mine in by_partition(records):
+        heads[partition] = Head(int(mine["seq"][-1]), int(mine["sampled_at_ns"][-1]))
 
 
 def _ranges(batches: Iterable[Records], behind: Mapping[int, int]) -> list[Lost]:
     """First and last sequence number of each partition in ``batches`` behind that of ``behind``."""
     ranges: dict[int, tuple[int, int]] = {}
     for records in batches:
-        for partition in np.unique(records["partition"]).tolist():
-            seqs = records["seq"][records["partition"] == partition]
-            seqs = seqs[seqs > behind.get(partition, 0)]
-            if len(seqs):
-                ranges[partition] = (ranges.get(partition, (int(seqs[0]), 0))[0], int(seqs[-1]))
+        for partition, mine in by_partition(records):
+            seqs = mine["seq"][mine["seq"] > behind.get(partition, 0)].tolist()
+            if seqs:
+                ranges[partition] = (ranges.get(partition, (seqs[0], 0))[0], seqs[-1])
     return [Lost(partition, *span) for partition, span in ranges.items()]
 
 

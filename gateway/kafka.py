@@ -16,7 +16,7 @@ from gateway.config import Config, ConfigError, Fault, Kafka
 
 log = logging.getLogger(__name__)
 
-STOP_S = 0.7  # a client's stop() can hang while its broker is down; the gateway has five seconds for all of its own
+STOP_S = 0.5  # a client's stop() can hang while its broker is down; the gateway has five seconds for all of its own
 ANSWER_S = 10.0
 
 

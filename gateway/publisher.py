@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 from aiokafka.structs import RecordMetadata
@@ -28,7 +27,7 @@ from gateway import kafka, telemetry
 from gateway.config import Config
 from gateway.journal import Batch, JournalReader, StoredEntry
 from gateway.stamp import Head
-from gateway.telemetry import Records
+from gateway.telemetry import Records, by_partition
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ class Pages:
 
     def append(self, row: int, records: Records) -> None:
         """A row that was just committed."""
-        self._recent.append((row, _split(records)))
+        self._recent.append((row, dict(by_partition(records))))
         self.end = row
 
     def behind(self, row: int) -> list[tuple[int, dict[int, Records]]]:
@@ -123,17 +122,12 @@ class Pages:
         if page is None:
             first = number * self.ROWS
             batches = self._reader.batches(first - 1, self.ROWS)
-            page = [(batch.id, _split(batch.records)) for batch in batches if batch.id < first + self.ROWS]
+            page = [(batch.id, dict(by_partition(batch.records))) for batch in batches if batch.id < first + self.ROWS]
             if first + self.ROWS <= self.end:  # a page that still grows is not kept
                 self._pages[number] = page
                 if len(self._pages) > self.KEPT:
                     self._pages.popitem(last=False)
         return page
-
-
-def _split(records: Records) -> dict[int, Records]:
-    partitions = records["partition"]
-    return {int(partition): records[partitions == partition] for partition in np.unique(partitions)}
 
 
 class TelemetryLane(Lane):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.event_time import EventTime
-from gateway.telemetry import Records, blank
+from gateway.telemetry import Records, blank, by_partition
 
 _COPIED = (
     "position_rad",
@@ -39,30 +39,27 @@ class Stamp:
     def __init__(self, stream: int, heads: Mapping[int, Head], time: EventTime) -> None:
         self._stream = stream
         self._time = time
-        size = max(heads, default=0) + 1
-        self._seq = np.zeros(size, np.uint64)
-        self._last_ns = np.zeros(size, np.int64)
-        for partition, head in heads.items():
-            self._seq[partition] = head.seq
-            self._last_ns[partition] = head.sampled_at_ns
+        self._heads = dict(heads)
 
     def stamp(self, samples: NDArray[np.void]) -> Records:
-        """Records (dtype RECORD) of samples (dtype SAMPLE) that are in the order of their arrival.
+        """Records (dtype RECORD) of samples (dtype SAMPLE), sorted by partition and by arrival within each.
 
-        Every motor in ``samples`` must be in the ``heads`` given at construction.
+        ``samples`` are in the order of their arrival; every motor must be in the ``heads`` given at construction.
         """
+        samples = samples[np.argsort(samples["motor"], kind="stable")]
         records = blank(len(samples))
-        motors = samples["motor"]
-        records["partition"] = motors
+        records["partition"] = samples["motor"]
         records["stream"] = self._stream
         for name in _COPIED:
             records[name] = samples[name]
         times = self._time.of(samples["sampled_at_ns"])
-        for motor in np.unique(motors):
-            mine = np.flatnonzero(motors == motor)
-            records["seq"][mine] = self._seq[motor] + np.arange(1, len(mine) + 1, dtype=np.uint64)
-            self._seq[motor] += np.uint64(len(mine))
-            ascending = np.maximum.accumulate(np.maximum(times[mine], self._last_ns[motor]))
-            records["sampled_at_ns"][mine] = ascending
-            self._last_ns[motor] = ascending[-1]
+        first = 0
+        for partition, mine in by_partition(records):
+            head = self._heads[partition]
+            end = first + len(mine)
+            mine["seq"] = np.arange(head.seq + 1, head.seq + 1 + len(mine), dtype=np.uint64)
+            ascending = np.maximum.accumulate(np.maximum(times[first:end], head.sampled_at_ns))
+            mine["sampled_at_ns"] = ascending
+            self._heads[partition] = Head(head.seq + len(mine), int(ascending[-1]))
+            first = end
         return records

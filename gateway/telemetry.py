@@ -9,6 +9,7 @@ understands each record (config/telemetry.proto is the contract; tests hold this
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -64,6 +65,16 @@ def blank(count: int) -> Records:
     return np.full(count, _TEMPLATE, RECORD)
 
 
+def by_partition(records: Records) -> list[tuple[int, Records]]:
+    """The records of each partition, in their order; views where ``records`` are sorted by partition, as stamped."""
+    partitions = records["partition"]
+    if (partitions[1:] < partitions[:-1]).any():
+        records = records[np.argsort(partitions, kind="stable")]
+        partitions = records["partition"]
+    edges = [0, *(np.flatnonzero(partitions[1:] != partitions[:-1]) + 1).tolist(), len(records)]
+    return [(int(partitions[first]), records[first:end]) for first, end in pairwise(edges) if end > first]
+
+
 def messages(records: Records) -> list[bytes]:
     """The protobuf message of each record."""
     whole = records.tobytes()
@@ -93,19 +104,6 @@ def as_mapping(record: np.void, motor: str) -> dict[str, Any]:
         value = record[name].item()
         values[name] = None if value != value else value  # noqa: PLR0124  NaN is the value that differs from itself
     return values
-
-
-def from_mapping(values: dict[str, Any], partition: int) -> np.void:
-    """The inverse of ``as_mapping``. Raises ValueError or KeyError for anything else."""
-    record = blank(1)
-    record["partition"] = partition
-    for name in FIELD_NAMES:
-        try:
-            record[name] = np.nan if values[name] is None else values[name]
-        except (OverflowError, TypeError, ValueError) as error:
-            raise ValueError(f"{name} = {values[name]!r}: {error}") from error
-    row: np.void = record[0]
-    return row
 
 
 def json_messages(records: Records, motor: str) -> list[bytes]:

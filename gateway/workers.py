@@ -29,7 +29,7 @@ RESTART_FIRST_S, RESTART_MOST_S = 0.2, 5.0
 STABLE_NS = 10 * SECOND
 SILENT_NS = 2500 * MS  # a worker tells its counts every second
 SILENT_OPENING_NS = 15 * SECOND  # some adapters take seconds to open
-STOP_S = 1.5
+STOP_S = 1.0
 
 
 class Ear(Protocol):

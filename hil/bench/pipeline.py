@@ -25,7 +25,7 @@ from drivers.clock import MS, SECOND, monotonic_ns
 from drivers.cycle import Ticket
 from drivers.motor import Kind, Order
 from gateway import config as configuration
-from gateway import publisher, workers
+from gateway import workers
 from gateway.app import Gateway
 from gateway.config import Config
 from gateway.state_dir import StateDir
@@ -82,7 +82,6 @@ class Run:
     in_flight: int = 60_000
     stages: bool = False
     flush_ms: float | None = None
-    linger_ms: float | None = None
 
     @property
     def motors(self) -> int:
@@ -229,8 +228,6 @@ async def measure(run: Run) -> dict[str, Any]:
         notes.install()
     if run.stages:
         stages.install()
-    if run.linger_ms is not None:
-        publisher.LINGER_NS = int(run.linger_ms * MS)
     replace(workers, "Child", lambda child: lambda _module, plan: child("hil.bench.feeder", run.feeder(plan)))
     with tempfile.TemporaryDirectory(prefix="servo-gateway-bench-") as directory:
         state = StateDir(Path(directory))

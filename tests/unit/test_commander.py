@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from drivers.clock import MS, epoch_ns, monotonic_ns
+from drivers.clock import MS, SECOND, epoch_ns, monotonic_ns
 from drivers.cycle import Ticket
 from drivers.motor import Kind, Order, Status
 from drivers.notices import OrderDone, OrderFailed
@@ -37,7 +37,7 @@ class Deaf:
 class Rig:
     """An arm of two motors, a log in a file, and workers that remember what they were sent."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, up_for_ns: int) -> None:
         directory.mkdir(exist_ok=True)
         config = make_config(directory)
         path = directory / "journal.db"
@@ -45,7 +45,9 @@ class Rig:
         self.writer = LogWriter(Journal(path, "arm1", MOTORS, 1 << 30), time, 1.0, published=False)
         self.reader = JournalReader(path)
         self.board = Board(config, time, path)
-        self.commander = Commander(config, self.reader, self.writer, self.board, time, self._send)
+        self.commander = Commander(
+            config, self.reader, self.writer, self.board, time, self._send, epoch_ns() - up_for_ns
+        )
         self.sent: list[Ticket] = []
         self.known_when_sent: list[bool] = []  # whether the file knew an unfinished command at that moment
         self.takes_orders = True
@@ -107,8 +109,8 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def running(directory: Path) -> AsyncIterator[Rig]:
-    rig = Rig(directory)
+async def running(directory: Path, up_for_ns: int = 60 * SECOND) -> AsyncIterator[Rig]:
+    rig = Rig(directory, up_for_ns)
     rig.writer.start(Deaf(), asyncio.get_running_loop())
     try:
         yield rig
@@ -154,6 +156,15 @@ async def test_enable_is_done_when_the_motor_says_so(rig: Rig) -> None:
     assert await rig.states("a") == [State.ACCEPTED]
     rig.done(detail="torque is on")
     assert await rig.final("a") == (State.DONE, None, "torque is on")
+
+
+async def test_backlog_moves_nothing_however_fresh_it_claims_to_be(tmp_path: Path) -> None:
+    async with running(tmp_path, up_for_ns=0) as rig:
+        await rig.give("a", ttl_ms=60_000, issued_at_ns=epoch_ns() - 2 * SECOND)
+        state, reason, detail = await rig.final("a")
+    assert (state, reason) == ("expired", "stale")
+    assert "backlog" in detail
+    assert rig.sent == []
 
 
 async def test_ticket_is_good_no_longer_than_the_command(rig: Rig) -> None:

@@ -28,9 +28,9 @@ def test_numbers_go_on_behind_the_heads_without_gap_or_repeat(batches: list[list
     seqs: dict[int, list[int]] = defaultdict(list)
     for motors in batches:
         records = stamp.stamp(make_samples(motors))
-        assert records["partition"].tolist() == motors
+        assert records["partition"].tolist() == sorted(motors)
         assert set(records["stream"].tolist()) <= {STREAM}
-        for partition, seq in zip(motors, records["seq"].tolist(), strict=True):
+        for partition, seq in zip(sorted(motors), records["seq"].tolist(), strict=True):
             seqs[partition].append(seq)
     for partition, found in seqs.items():
         assert found == list(range(HEADS[partition].seq + 1, HEADS[partition].seq + 1 + len(found)))
