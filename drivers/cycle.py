@@ -38,6 +38,8 @@ REFRESH_NS = SECOND
 RETRY_FIRST_NS = 50 * MS
 RETRY_MOST_NS = 500 * MS
 STEP_LEAST_NS = 1 * MS  # less than this is no time for an exchange, on any bus
+LATE_REPLY_NS = 20 * MS  # adapters hold replies back for up to 16 ms
+MOST_REST = 8  # polls
 STARVED_CYCLES = 50  # a bus without slack still looks after its background this often
 STARVED_ORDER_CYCLES = 2  # and after its orders this often
 ORDERS_PER_MOTOR = 8
@@ -75,6 +77,7 @@ class _Tracked:
     misses_in_a_row: int = 0
     polls: int = 0
     misses: int = 0
+    rest: int = 0  # polls that it is left out of
     due_ns: int = 0  # next connect while offline, next refresh while online
     retry_ns: int = RETRY_FIRST_NS
     refusal: str = ""  # why it was not connected, as last told
@@ -131,7 +134,7 @@ class Cycle(Generic[W]):
         self._drain()
         rows: list[tuple[Any, ...]] = []
         for number, (family, tracked) in enumerate(zip(self._families, self._by_family, strict=True)):
-            if exchange := self._polls[number] or self._new_poll(number, family, tracked):
+            if exchange := self._next_poll(number, family, tracked):
                 rows += self._poll_family(number, family, exchange, tracked, end)
         return np.array(rows, dtype=SAMPLE)
 
@@ -151,9 +154,10 @@ class Cycle(Generic[W]):
                 self._orders.remove(older)
                 self._fail(older, "newer_command", "overtaken before the bus got to it")
         waiting = [t for t in self._orders if t.motor == ticket.motor]
+        ends_motion = ticket.order.kind in {Kind.STOP, Kind.DISABLE}
         if ticket.motor not in self._tracked:
             self._fail(ticket, "unknown_motor", f"this bus has no motor {ticket.motor}")
-        elif len(waiting) >= ORDERS_PER_MOTOR:
+        elif len(waiting) >= ORDERS_PER_MOTOR and not ends_motion:
             self._fail(ticket, "overloaded", f"{len(waiting)} orders are waiting already")
         else:
             self._orders.append(ticket)
@@ -194,10 +198,17 @@ class Cycle(Generic[W]):
             for family in self._families:
                 family.reset()
 
-    def _new_poll(self, number: int, family: Family[W, Any], tracked: Sequence[_Tracked]) -> Exchange[W, Any] | None:
-        bus_ids = [t.motor.bus_id for t in tracked if t.online]
-        self._polls[number] = family.poll(bus_ids) if bus_ids else None
-        return self._polls[number]
+    def _next_poll(self, number: int, family: Family[W, Any], tracked: Sequence[_Tracked]) -> Exchange[W, Any] | None:
+        """The exchange with all motors that are online, but for those that rest after a miss."""
+        exchange = self._polls[number]
+        if exchange is None:
+            bus_ids = [t.motor.bus_id for t in tracked if t.online and not t.rest]
+            exchange = family.poll(bus_ids) if bus_ids else None
+        resting = [t for t in tracked if t.rest]
+        for one in resting:
+            one.rest -= 1
+        self._polls[number] = None if resting else exchange
+        return exchange
 
     def _poll_family(
         self,
@@ -216,7 +227,7 @@ class Cycle(Generic[W]):
             self._typical_ns[number] += (monotonic_ns() - sent_ns - self._typical_ns[number]) // 16
         rows = []
         for one in tracked:
-            if not one.online:
+            if one.motor.bus_id not in exchange.expects:
                 continue
             one.polls += 1
             reply = replies.get(one.motor.bus_id)
@@ -249,6 +260,10 @@ class Cycle(Generic[W]):
     def _missed(self, tracked: _Tracked) -> None:
         tracked.misses += 1
         tracked.misses_in_a_row += 1
+        # replies carry no number: one that comes late must not find a poll that it could pass for an answer to
+        most = max(1, min(LATE_REPLY_NS // self._timing.period_ns, MOST_REST))
+        tracked.rest = min(1 << tracked.misses_in_a_row - 1, most)
+        self._forget_polls()
         silent_ns = monotonic_ns() - tracked.heard_ns
         if silent_ns > self._timing.offline_after_ns:
             self._offline(tracked, f"no reply for {silent_ns / MS:.0f} ms")
@@ -394,7 +409,7 @@ class Cycle(Generic[W]):
             self._notices.append(MotorOnline(tracked.motor.index, result.model, result.firmware))
             tracked.online = True
             tracked.heard_ns = now
-            tracked.misses_in_a_row = 0
+            tracked.misses_in_a_row = tracked.rest = 0
             tracked.due_ns = now + REFRESH_NS
             self._forget_polls()
             tracked.refusal = ""

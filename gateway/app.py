@@ -85,13 +85,15 @@ class Gateway:
 
     async def run(self) -> None:
         """Run until ``stop``. Raises TopicMismatch if the broker is there and its topics do not fit the arm."""
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer.start(self, asyncio.get_running_loop())
         self._event(EventType.GATEWAY_STARTED, stream=self.stream, motors=len(self._config.motors))
         self._commander.finish_interrupted()
         try:
             async with self._tasks() as (polling, others):
                 stopped = asyncio.create_task(self._stop.wait())
-                ended, _ = await asyncio.wait({stopped, *polling, *others}, return_when=asyncio.FIRST_COMPLETED)
+                parts: set[asyncio.Future[Any]] = {stopped, self._failed, *polling, *others}
+                ended, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
                 stopped.cancel()
                 self._commander.interrupt_all()
                 self._event(EventType.GATEWAY_STOPPING)
@@ -288,6 +290,10 @@ class Gateway:
         """Commits succeed again."""
         self.board.journal_detail = ""
         self._event(EventType.JOURNAL_RECOVERED)
+
+    def writer_died(self, error: Exception) -> None:
+        """A gateway that writes nothing down must not look as if it worked."""
+        self._failed.set_exception(error)
 
     def _kafka_changed(self, state: str, detail: str) -> None:
         self.board.kafka, self.board.kafka_detail = state, detail

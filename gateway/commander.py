@@ -242,6 +242,11 @@ class Commander:
     def order_done(self, notice: OrderDone) -> None:
         """A motor acknowledged an order."""
         if active := self._of(notice.ticket):
+            view = self._board.motors[notice.motor]
+            if active.command.kind is Kind.ENABLE:  # the next command need not wait for a sample that says so
+                view.status |= Status.ENABLED
+            elif active.command.kind is Kind.DISABLE:
+                view.status &= ~Status.ENABLED
             self._answered(active, notice.motor, None, notice.detail)
 
     def order_failed(self, notice: OrderFailed) -> None:

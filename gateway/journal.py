@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 APPLICATION_ID = 0x53475731  # "SGW1"
 VERSION = 1
 _TRIM_ROWS = 5_000  # a second's worth and more, so that trimming once a second keeps up
+IDS_KEPT = 1_000_000  # command ids; about 100 MB, and a repeated id is known as long
 ENTRIES_KEPT = 100_000  # per topic and partition; events outlive the telemetry around them
 
 _SCHEMA = """
@@ -39,8 +40,8 @@ CREATE TABLE telemetry (id INTEGER PRIMARY KEY, crc INTEGER NOT NULL, records BL
 CREATE TABLE entries   (id INTEGER PRIMARY KEY, topic TEXT NOT NULL, partition INTEGER NOT NULL,
                         seq INTEGER NOT NULL, at_ns INTEGER NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
                         UNIQUE (topic, partition, seq));
-CREATE TABLE commands  (id TEXT PRIMARY KEY, final INTEGER NOT NULL, at_ns INTEGER NOT NULL, motor TEXT NOT NULL)
-                        WITHOUT ROWID;
+CREATE TABLE commands  (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, final INTEGER NOT NULL,
+                        at_ns INTEGER NOT NULL, motor TEXT NOT NULL);
 CREATE INDEX unfinished ON commands (final) WHERE final = 0;
 CREATE TABLE inbox     (source TEXT NOT NULL, partition INTEGER NOT NULL, next INTEGER NOT NULL,
                         PRIMARY KEY (source, partition)) WITHOUT ROWID;
@@ -236,7 +237,7 @@ class Journal:
                 (entry.topic, entry.partition, entry.at_ns, entry.key, entry.value),
             )
         if changes.commands:
-            many("INSERT OR REPLACE INTO commands VALUES (?, ?, ?, ?)", changes.commands)
+            many("INSERT OR REPLACE INTO commands (id, final, at_ns, motor) VALUES (?, ?, ?, ?)", changes.commands)
         if changes.inbox:
             many("INSERT OR REPLACE INTO inbox VALUES (?, ?, ?)", [(*at, n) for at, n in changes.inbox.items()])
         if changes.published:
@@ -245,11 +246,17 @@ class Journal:
         return row
 
     def save_heads(self) -> None:
-        """Write down the heads, so that the next start reads only what comes after: once a second is enough."""
+        """Write down the heads, so that the next start reads only what comes after: once a second is enough.
+
+        Forgets the oldest command ids beyond IDS_KEPT, too.
+        """
         newest = self._db.execute("SELECT max(id) FROM telemetry").fetchone()[0] or 0
         rows = [(partition, *head, newest) for partition, head in self.heads.items()]
         with self._transaction():  # all or none: the start reads on behind the newest of these rows
             self._db.executemany("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, ?)", rows)
+            self._db.execute(
+                "DELETE FROM commands WHERE final = 1 AND number <= (SELECT max(number) FROM commands) - ?", (IDS_KEPT,)
+            )
 
     def trim(self, *, published: bool) -> list[Lost]:
         """Hold the size: remove the oldest batches when it nears the bound, acknowledged or not.

@@ -62,6 +62,9 @@ class Listener(Protocol):
     def disk_recovered(self) -> None:
         """Commits succeed again."""
 
+    def writer_died(self, error: Exception) -> None:
+        """Nothing is written any more: a fault in the program; the gateway has to start anew."""
+
 
 class LogWriter:
     """Owns the journal from ``start`` to ``stop``. All methods may be called from any thread."""
@@ -154,6 +157,13 @@ class LogWriter:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._commit_until_stopped()
+        except Exception as error:
+            log.exception("the log's writer died")
+            self._tell(self._listener.writer_died, error)
+
+    def _commit_until_stopped(self) -> None:
         carried: tuple[Changes, list[Future[None]]] | None = None
         flushed_at = housekeeping_at = monotonic_ns()
         while True:

@@ -32,6 +32,7 @@ class Deaf:
     def records_lost(self, lost: list[Lost]) -> None: ...
     def disk_failed(self, error: str) -> None: ...
     def disk_recovered(self) -> None: ...
+    def writer_died(self, error: Exception) -> None: ...
 
 
 class Rig:
@@ -341,7 +342,7 @@ async def test_id_is_good_once_in_a_batch_later_and_after_a_restart(tmp_path: Pa
         assert len(await duplicates(rig, "a")) == 4
 
 
-@pytest.mark.parametrize("fields", [{"motor": "elbow"}, {"kind": "torque"}])
+@pytest.mark.parametrize("fields", [{"motor": "elbow"}, {"kind": "torque", "value": 1.0}])
 async def test_refused_record_with_the_id_of_a_running_command_does_not_touch_it(
     tmp_path: Path, fields: dict[str, Any]
 ) -> None:

@@ -274,8 +274,8 @@ def test_silent_motor_is_late_once_then_offline_once(clock: Clock) -> None:
     assert isinstance(offline, MotorOffline)
     assert (late.motor, offline.motor) == (2, 2)
     assert late.last_heard_ns == offline.last_heard_ns <= heard_before
-    assert 5 <= late.misses <= 7
-    assert 29 <= offline.misses <= 32
+    assert 3 <= late.misses <= 4  # of the polls that it was in: it rests for one or two after each miss
+    assert 10 <= offline.misses <= 12
     assert "no reply for 3" in offline.reason
 
 
@@ -290,7 +290,7 @@ def test_each_episode_of_silence_is_told(clock: Clock) -> None:
     assert [type(notice) for notice in rig.notices] == [MotorLate] * 3
 
 
-def test_single_missed_poll_is_counted_and_told_nobody(clock: Clock) -> None:
+def test_single_missed_poll_costs_one_poll_of_rest_and_is_told_nobody(clock: Clock) -> None:
     rig = make_rig(clock)
     rig.connect()
     polls, misses = rig.cycle.counts()[1].polls, rig.cycle.counts()[1].misses
@@ -298,8 +298,10 @@ def test_single_missed_poll_is_counted_and_told_nobody(clock: Clock) -> None:
     rig.period()
     rig.motor(1).faults.silent = False
     rig.period()
+    rig.period()
+    rig.period()
     counts = rig.cycle.counts()[1]
-    assert (counts.polls - polls, counts.misses - misses) == (2, 1)
+    assert (counts.polls - polls, counts.misses - misses) == (3, 1)
     assert rig.notices == []
 
 
@@ -310,6 +312,7 @@ def test_late_reply_never_passes_for_the_next_polls(delays_ms: list[float]) -> N
     for clock in make_clock():
         rig = make_rig(clock)
         rig.connect()
+        rests = False
         for number, delay_ms in enumerate(delays_ms, start=1):
             servo = rig.motor(1).servo
             servo.position_rad = servo.goal_rad = number * 0.05
@@ -318,14 +321,12 @@ def test_late_reply_never_passes_for_the_next_polls(delays_ms: list[float]) -> N
             told = {int(s["motor"]): float(s["position_rad"]) for s in samples}
             assert told.get(1, number * 0.05) == pytest.approx(number * 0.05, abs=0.002)
             assert set(told) >= {0, 2}
-            assert 1 in told or delay_ms > 6
+            assert 1 in told or delay_ms > 6 or rests
+            rests = 1 not in told
             rig.cycle.work(MonotonicNs(start + 9_500_000))
             clock.sleep_until(start + 10 * MS)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="replies carry no number: one that is later than a whole period looks like the next"
-)
 def test_reply_later_than_a_period_never_passes_for_the_next_polls(clock: Clock) -> None:
     rig = make_rig(clock)
     rig.connect()
@@ -346,11 +347,12 @@ def test_strays_are_counted(clock: Clock) -> None:
     rig.connect()
     before = rig.cycle.strays
     rig.motor(1).faults.delay_ms = 9.0
-    for _ in range(5):
+    misses = rig.cycle.counts()[1].misses
+    for _ in range(6):
         rig.period()
     rig.motor(1).faults.delay_ms = 0.0
     rig.period()
-    assert rig.cycle.strays - before == 5
+    assert rig.cycle.strays - before == rig.cycle.counts()[1].misses - misses >= 2
 
 
 def test_silent_motor_of_one_family_costs_another_family_nothing(clock: Clock) -> None:

@@ -393,6 +393,17 @@ def test_what_is_remembered_of_a_command_is_the_newest(journal: Journal, path: P
         assert [state.id for state in reader.unfinished_commands()] == ["d"]
 
 
+def test_oldest_ids_are_forgotten_beyond_the_bound_but_no_unfinished_one(
+    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDS_KEPT", 3)
+    for number in range(6):
+        journal.commit(Changes(commands=[CommandState(f"c{number}", number != 1, number, "*")]))
+    journal.save_heads()
+    with closing(JournalReader(path)) as reader:
+        assert [n for n in range(6) if reader.command(f"c{n}")] == [1, 3, 4, 5]
+
+
 def test_positions_are_kept(journal: Journal, path: Path) -> None:
     journal.commit(Changes(inbox={("kafka", 3): 17, ("local", 0): 1}, published={("telemetry", 1): (5, 6)}))
     journal.commit(Changes(inbox={("kafka", 3): 18}))

@@ -48,6 +48,7 @@ class Heard:
         self.dropped: Counter[int] = Counter()
         self.lost: list[Lost] = []
         self.disk: list[str] = []
+        self.died: list[Exception] = []
 
     def committed(self, committed: Committed) -> None:
         self.commits.append(committed)
@@ -66,6 +67,9 @@ class Heard:
 
     def disk_recovered(self) -> None:
         self.disk.append("recovered")
+
+    def writer_died(self, error: Exception) -> None:
+        self.died.append(error)
 
     def seqs(self, partition: int) -> list[int]:
         batches = [committed.batch.records for committed in self.commits if committed.batch]
@@ -272,3 +276,18 @@ async def test_full_journal_tells_what_the_broker_never_had(tmp_path: Path, monk
         told = [lost for lost in rig.heard.lost if lost.partition == partition]
         gone = [seq for lost in told for seq in range(lost.from_seq, lost.to_seq + 1)]
         assert gone == list(range(1, left[0]))
+
+
+async def test_writer_that_dies_of_a_fault_in_the_program_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path)
+    fault = RuntimeError("a fault in the program")
+
+    def broken(changes: Changes) -> int | None:
+        raise fault
+
+    monkeypatch.setattr(rig.disk, "commit", broken)
+    async with writing(rig):
+        rig.writer.samples(make_samples([0]))
+        await until(lambda: rig.heard.died == [fault])
