@@ -38,6 +38,7 @@ REFRESH_NS = SECOND
 RETRY_FIRST_NS = 50 * MS
 RETRY_MOST_NS = 500 * MS
 STEP_LEAST_NS = 1 * MS  # less than this is no time for an exchange, on any bus
+SEND_NS = 100 * MS  # a bus that has not taken a request by then is broken, not slow
 LATE_REPLY_NS = 20 * MS  # adapters hold replies back for up to 16 ms
 MOST_REST = 8  # polls
 STARVED_CYCLES = 50  # a bus without slack still looks after its background this often
@@ -288,7 +289,7 @@ class Cycle(Generic[W]):
         self, family: Family[W, Any], exchange: Exchange[W, Any], deadline: MonotonicNs
     ) -> dict[int, tuple[Any, MonotonicNs]]:
         """One turn on the bus: {bus_id: (value, arrived at)} of the motors that replied in time."""
-        self._bus.send(exchange.requests, deadline)
+        self._bus.send(exchange.requests, after(monotonic_ns(), SEND_NS))
         replies: dict[int, tuple[Any, MonotonicNs]] = {}
         while len(replies) < len(exchange.expects):
             received = self._bus.receive(deadline)

@@ -41,10 +41,15 @@ class CanBus(Bus[CanFrame]):
 
     def send(self, units: Sequence[CanFrame], deadline: MonotonicNs) -> None:
         self._check()
-        for frame in units:
+        for sent, frame in enumerate(units):
+            left = left_s(deadline)
+            if not left:  # without time, python-can's slcan drops what the adapter does not take, and says nothing
+                raise BusError(
+                    f"{self._name}: sending: {len(units) - sent} of {len(units)} frames were not taken in time"
+                )
             message = can.Message(arbitration_id=frame.can_id, data=frame.data, is_extended_id=frame.extended)
             try:
-                self._bus.send(message, timeout=left_s(deadline))
+                self._bus.send(message, timeout=left)
             except _FOREIGN as error:
                 raise BusError(f"{self._name}: sending {frame}: {error}") from error
 

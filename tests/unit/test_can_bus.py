@@ -118,7 +118,7 @@ def test_option_that_makes_no_sense_can_never_work(adapter: Adapter) -> None:
 
 
 def test_adapter_that_takes_nothing_is_a_bus_error_in_the_end(bus: CanBus) -> None:
-    frames = [CanFrame(1, bytes(8))] * 100_000
+    frames = [CanFrame(1, bytes(8))] * 2_000  # far beyond what the terminal holds
     with pytest.raises(BusError, match=r"can0.*sending"):
         bus.send(frames, after(monotonic_ns(), 20 * MS))
 
