@@ -20,7 +20,7 @@ test: setup lint ## lint, then all tests against a real Kafka broker, with cover
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report --skip-covered --fail-under=90
+	$(BIN)/coverage report --skip-covered --fail-under=95
 
 lint: .venv/installed ## style, types and the direction of imports
 	$(BIN)/ruff check

@@ -106,9 +106,9 @@ class Gateway:
                             await self._writer.durable()
                             await self._publisher.drained(DRAIN_S)
         finally:
+            self._reader.close()  # first: the last connection to close folds the WAL into the file
             if not await asyncio.to_thread(self._writer.stop, WRITER_STOP_S):
                 log.error("journal: the disk did not take the last records in %g s", WRITER_STOP_S)
-            self._reader.close()
 
     @contextlib.asynccontextmanager
     async def _tasks(self) -> AsyncIterator[tuple[list[asyncio.Task[None]], list[asyncio.Task[None]]]]:

@@ -124,7 +124,7 @@ def kills(arm: Arm, broker: Broker, moments: Sequence[str], seed: int, tell: Cal
 def _kill(arm: Arm, broker: Broker, moment: str, chance: random.Random) -> str:
     """Start the gateway and kill it; how long after what."""
     arm.start(online=moment != "starting")
-    longest_s = {"starting": 1.0, "running": 2.0, "stopping": 0.3, "draining": 1.5}[moment]
+    longest_s = {"starting": 2.0, "running": 2.0, "stopping": 0.3, "draining": 1.5}[moment]
     if moment == "stopping":
         _pass(1)
         arm.ask_to_stop()

@@ -10,7 +10,7 @@ from hil.acceptance import proof
 from hil.kafka import Broker
 from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
-from tests.system.rig import create_topic, events, pass_time
+from tests.system.rig import create_topic, events, pass_time, see
 
 STOPS_WITHIN_S = 5.0  # the requirement
 
@@ -83,3 +83,26 @@ def test_a_killed_gateway_leaves_no_process_behind(make_arm: MakeArm) -> None:
     assert len(arm.processes()) >= 3  # the gateway and a worker for each bus
     arm.kill()
     assert arm.close() == []
+
+
+def test_a_journal_that_fell_behind_its_topics_is_set_aside_and_a_new_stream_begins(
+    kafka: Kafka, make_arm: MakeArm
+) -> None:
+    """As after a power cut: the broker holds numbers that the journal would give again."""
+    arm = make_arm(kafka.bootstrap)
+    arm.start()
+    arm.stop()
+    journal = arm.state / "journal.db"
+    former = journal.read_bytes()
+    arm.start()
+    arm.stop()
+    journal.write_bytes(former)
+    for rest in ("-wal", "-shm"):
+        journal.with_name(journal.name + rest).unlink(missing_ok=True)
+    arm.start()
+    arm.wait_status(lambda status: status["kafka"]["state"] == "up", "Kafka up")
+    assert arm.stop()[0] == 0
+    assert [path.name for path in arm.state.glob("journal.aside-*")] == ["journal.aside-1"]
+    verdict = see(arm).verdict
+    assert not verdict.faults
+    assert verdict.streams == 2
