@@ -51,8 +51,9 @@ class MotorView:
 
     def note_rate(self, now: int) -> None:
         """Remember the sequence number at this moment; call a few times a second."""
-        self._rates.append((now, self.seq))
-        while now - self._rates[0][0] > RATE_WINDOW_NS:
+        if self.seq:
+            self._rates.append((now, self.seq))
+        while self._rates and now - self._rates[0][0] > RATE_WINDOW_NS:
             self._rates.popleft()
 
 

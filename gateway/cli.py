@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 import typer
 from aiokafka.errors import KafkaError
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +32,17 @@ from gateway.state_dir import StateDir, StateDirError
 
 FAILED, WRONG = 1, 2
 DEMO = "simulated-arm.toml"
+
+STATUS_COLUMNS = (  # key of the status file, header, digits
+    ("seq", "seq", 0),
+    ("position_rad", "pos\nrad", 3),
+    ("velocity_rad_s", "speed\nrad/s", 2),
+    ("temperature_c", "temp\nC", 0),
+    ("rate_hz", "rate\nHz", 0),
+    ("age_ms", "age\nms", 0),
+    ("misses", "miss", 0),
+    ("lag", "lag", 0),
+)
 
 app = typer.Typer(
     help="Servo telemetry gateway for robot arms: CAN and serial motors to an ordered, provable event log.",
@@ -166,7 +178,7 @@ def status(config: ConfigFile, as_json: JsonOption = False) -> None:
 
 
 def _print_status(found: dict[str, Any], pid: int | None) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     running = f"runs (process {pid})" if pid is not None else "does not run; this is the last that it said"
     console.print(f"arm {found['arm']}: gateway {running}")
     kafka = found["kafka"]
@@ -179,25 +191,16 @@ def _print_status(found: dict[str, Any], pid: int | None) -> None:
             f"bus {bus['bus']}: {'up' if bus['up'] else 'down: ' + bus['detail']}; {bus['cycles']} cycles, "
             f"{bus['skipped_cycles']} skipped, start late by {late} (median/most), {bus['stray_packets']} stray packets"
         )
-    table = Table()
-    columns = (
-        "motor",
-        "state",
-        "seq",
-        "position_rad",
-        "velocity_rad_s",
-        "temperature_c",
-        "rate_hz",
-        "age_ms",
-        "misses",
-    )
-    for column in (*columns, "lag", "status"):
-        table.add_column(column, justify="left" if column in {"motor", "state", "status"} else "right")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in ("motor", "state"):
+        table.add_column(header)
+    for _, header, _ in STATUS_COLUMNS:
+        table.add_column(header, justify="right")
+    table.add_column("status")
     for motor in found["motors"]:
-        cells = [motor[column] for column in (*columns, "lag")]
-        words = ["-" if cell is None else f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        numbers = ["-" if motor[key] is None else f"{motor[key]:.{digits}f}" for key, _, digits in STATUS_COLUMNS]
         flags = " ".join(motor["status"]) + (f" vendor {motor['vendor_error']:#x}" if motor["vendor_error"] else "")
-        table.add_row(*words, flags)
+        table.add_row(motor["motor"], motor["state"], *numbers, flags)
     console.print(table)
 
 
