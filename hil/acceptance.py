@@ -2,7 +2,8 @@
 
     steady   the simulated arm for so long
     outage   the broker is stopped for a third of it, in the middle
-    kills    the gateway is killed (SIGKILL) again and again: starting, running, stopping, draining a backlog
+    kills    the gateway is killed (SIGKILL) again and again: starting, running, stopping, draining a
+             backlog, and while the broker is away
 
 After each, ``hil.judge`` reads the whole topic, and its last records must be the journal's. System tests run the same
 scenarios, shorter.
@@ -25,7 +26,7 @@ from hil.judge import Sample, Verdict, judge, table
 from hil.kafka import Broker
 
 RATE_KEPT = 0.8  # of the undisturbed rate of the same run; a machine with two cores is noisy
-MOMENTS = ("starting", "running", "stopping", "draining")
+MOMENTS = ("starting", "running", "stopping", "draining", "away")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def kills(arm: Arm, broker: Broker, moments: Sequence[str], seed: int, tell: Cal
 def _kill(arm: Arm, broker: Broker, moment: str, chance: random.Random) -> str:
     """Start the gateway and kill it; how long after what."""
     arm.start(online=moment != "starting")
-    longest_s = {"starting": 2.0, "running": 2.0, "stopping": 0.3, "draining": 1.5}[moment]
+    longest_s = {"starting": 2.0, "running": 2.0, "stopping": 0.3, "draining": 1.5, "away": 2.0}[moment]
     if moment == "stopping":
         _pass(1)
         arm.ask_to_stop()
@@ -132,10 +133,17 @@ def _kill(arm: Arm, broker: Broker, moment: str, chance: random.Random) -> str:
         broker.stop()
         _pass(2)
         broker.start()
+    elif moment == "away":
+        broker.stop()
     delay_s = chance.uniform(0, longest_s)
     _pass(delay_s)
     had_ended = not arm.running
     arm.kill()
+    if moment == "away":  # once more, in a run that has never seen the broker
+        arm.start()
+        _pass(1)
+        arm.kill()
+        broker.start()
     return f"after {delay_s * 1000:.0f} ms{', when it had ended' if had_ended else ''}"
 
 
