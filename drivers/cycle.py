@@ -23,7 +23,7 @@ from drivers.bus import Bus
 from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
 from drivers.errors import MotorRefused
 from drivers.family import Exchange, Family, Procedure, W
-from drivers.motor import SAMPLE, SETPOINTS, Kind, Motor, MotorInfo, Order
+from drivers.motor import ENDS_MOTION, OVERTAKES, SAMPLE, SETPOINTS, Motor, MotorInfo, Order
 from drivers.notices import (
     AnyNotice,
     MotorCounts,
@@ -150,15 +150,14 @@ class Cycle(Generic[W]):
 
         A setpoint, or what ends a motion, takes the place of setpoints of its motor that still wait.
         """
-        if ticket.order.kind in SETPOINTS | {Kind.STOP, Kind.DISABLE}:
+        if ticket.order.kind in OVERTAKES:
             for older in [t for t in self._orders if t.motor == ticket.motor and t.order.kind in SETPOINTS]:
                 self._orders.remove(older)
                 self._fail(older, "newer_command", "overtaken before the bus got to it")
         waiting = [t for t in self._orders if t.motor == ticket.motor]
-        ends_motion = ticket.order.kind in {Kind.STOP, Kind.DISABLE}
         if ticket.motor not in self._tracked:
             self._fail(ticket, "unknown_motor", f"this bus has no motor {ticket.motor}")
-        elif len(waiting) >= ORDERS_PER_MOTOR and not ends_motion:
+        elif len(waiting) >= ORDERS_PER_MOTOR and ticket.order.kind not in ENDS_MOTION:
             self._fail(ticket, "overloaded", f"{len(waiting)} orders are waiting already")
         else:
             self._orders.append(ticket)

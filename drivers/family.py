@@ -118,8 +118,3 @@ def run_with_replies(procedure: Procedure[W, P, T], replies: Sequence[Mapping[in
     except StopIteration as end:
         result: T = end.value
         return result
-
-
-__all__ = [
-    "CAN_FRAME_BITS", "CanFrame", "Exchange", "Family", "Medium", "Procedure", "Reply", "run_with_replies",
-]  # fmt: skip

@@ -24,6 +24,10 @@ class Kind(StrEnum):
 
 SETPOINTS = frozenset({Kind.POSITION, Kind.VELOCITY, Kind.TORQUE})
 """Kinds of which only the newest counts."""
+ENDS_MOTION = frozenset({Kind.STOP, Kind.DISABLE})
+"""Kinds that end a motion: harmless if repeated."""
+OVERTAKES = SETPOINTS | ENDS_MOTION
+"""Kinds that take the place of older setpoints of their motor."""
 
 
 class Status(IntFlag):

@@ -236,24 +236,26 @@ class Gateway:
     def committed(self, committed: Committed) -> None:
         """A commit: readers may go on."""
         if committed.batch is not None:
-            before = {view.config.partition: (view.status, view.hot) for view in self.board.motors.values()}
             views = self.board.update(committed.batch.records)
             for view in views:
-                self._check_health(view, *before[view.config.partition])
+                self._check_health(view)
             self._commander.moved(views)
         if self._publisher:
             self._publisher.committed(committed.batch, committed.entries)
 
-    def _check_health(self, view: MotorView, before: Status, was_hot: bool) -> None:
-        faults, faults_before = view.status & Status.faults(), before & Status.faults()
-        if faults and faults != faults_before:
+    def _check_health(self, view: MotorView) -> None:
+        """Tell what changed for the worse or the better since the last sample."""
+        faults, told = view.status & Status.faults(), view.told_faults
+        view.told_faults = faults
+        if faults and faults != told:
             names = [flag.name for flag in faults]
             log.error("motor %s: fault %s", view.config.name, ", ".join(map(str, names)))
             self._event(EventType.MOTOR_FAULT, view, faults=names, vendor_error=view.vendor_error, seq=view.seq)
-        elif faults_before and not faults:
+        elif told and not faults:
             self._event(EventType.MOTOR_FAULT_CLEARED, view, seq=view.seq)
         limit_c = view.config.temperature_c
         # two degrees of hysteresis: sensors flicker by one
+        was_hot = view.hot
         view.hot = view.temperature_c > limit_c or (was_hot and view.temperature_c > limit_c - 2)
         if view.hot and not was_hot:
             log.error("motor %s: %.0f C, limit %.0f C", view.config.name, view.temperature_c, limit_c)

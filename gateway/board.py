@@ -39,6 +39,7 @@ class MotorView:
     misses: int = 0
     acknowledged_seq: int = 0
     hot: bool = False  # above its temperature limit
+    told_faults: Status = NO_STATUS  # those that the last event named
     _rates: deque[tuple[int, int]] = field(default_factory=deque)  # (monotonic, seq)
 
     @property

@@ -75,8 +75,6 @@ def main() -> None:
 
 def _fail(message: str, status: int) -> NoReturn:
     print(message, file=sys.stderr)
-    # a client that cannot be stopped must not keep the process
-    sys.stderr.flush()
     sys.exit(status)
 
 
@@ -114,8 +112,8 @@ def _run(config: Config, *, verbose: bool) -> None:
     async def watch(gateway: Gateway) -> None:
         await (live.table(gateway.board, console) if console.is_terminal else live.lines(gateway.board))
 
-    with live.logging_to(console, verbose=verbose):
-        asyncio.run(run_gateway(config, watch))
+    live.configure_logging(console, verbose=verbose)
+    asyncio.run(run_gateway(config, watch))
 
 
 @app.command()

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
+import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from drivers.clock import epoch_ns
@@ -46,8 +47,7 @@ async def send(config: Config, command: Command, timeout_s: float | None) -> Asy
 
 
 def _issued_now(command: Command) -> bytes:
-    fields = {name: getattr(command, name) for name in command.__struct_fields__}
-    return encode_command(Command(**{**fields, "issued_at_ns": epoch_ns()}))
+    return encode_command(msgspec.structs.replace(command, issued_at_ns=epoch_ns()))
 
 
 async def _through_state_dir(config: Config, command: Command, *, wait: bool) -> AsyncIterator[Outcome]:

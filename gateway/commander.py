@@ -17,7 +17,7 @@ from typing import NamedTuple
 from drivers import protocols
 from drivers.clock import MS, SECOND, after, epoch_ns, monotonic_ns
 from drivers.cycle import Ticket
-from drivers.motor import SETPOINTS, Kind, Order, Status
+from drivers.motor import ENDS_MOTION, OVERTAKES, SETPOINTS, Kind, Order, Status
 from drivers.notices import OrderDone, OrderFailed
 from gateway.board import Board, MotorView
 from gateway.commands import Command, Outcome, Reason, State, Unreadable, decode_command
@@ -106,7 +106,7 @@ class Commander:
         waiting = []
         for record in records:
             if active := self._admit(record):
-                if active.command.kind in {Kind.STOP, Kind.DISABLE}:
+                if active.command.kind in ENDS_MOTION:
                     self._dispatch(active)  # ends a motion: harmless if repeated, and must not wait for a sick disk
                 else:
                     waiting.append(active)
@@ -214,7 +214,7 @@ class Commander:
 
     def _supersede(self, newer: _Active) -> None:
         """A setpoint under way gives way to a newer one, and to anything that ends the motion."""
-        if newer.command.kind in SETPOINTS | {Kind.STOP, Kind.DISABLE}:
+        if newer.command.kind in OVERTAKES:
             addressed = set(self._addressed(newer.command))
             for older in [a for a in self._active if a.command.kind in SETPOINTS]:
                 if addressed.issuperset(self._addressed(older.command)):

@@ -1,10 +1,8 @@
 """What a person sees while the gateway runs: a live table on a terminal, log lines elsewhere."""
 
 import asyncio
-import contextlib
 import logging
 import math
-from collections.abc import Iterator
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -42,8 +40,7 @@ async def lines(board: Board) -> None:
         log.info("samples/s: %s; missed %d%s", rates, sum(view.misses for view in views), kafka)
 
 
-@contextlib.contextmanager
-def logging_to(console: Console, *, verbose: bool) -> Iterator[None]:
+def configure_logging(console: Console, *, verbose: bool) -> None:
     """Configure logging for the command line: rich lines on a terminal, plain ones elsewhere."""
     handler: logging.Handler
     if console.is_terminal:
@@ -54,7 +51,6 @@ def logging_to(console: Console, *, verbose: bool) -> Iterator[None]:
         form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format=form, handlers=[handler], force=True)
     quieten_libraries(logging.WARNING if verbose else logging.CRITICAL)
-    yield
 
 
 def quieten_libraries(level: int) -> None:

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from time import sleep
 from typing import Protocol
 
 import numpy as np
@@ -184,7 +185,7 @@ class LogWriter:
             flushed_at = monotonic_ns()
             carried = None if self._commit(*work) else work
             if carried:
-                threading.Event().wait(RETRY_S)
+                sleep(RETRY_S)
             elif flushed_at - housekeeping_at > HOUSEKEEPING_NS:
                 housekeeping_at = flushed_at
                 self._keep_house()

@@ -1,0 +1,45 @@
+"""What the gateway makes of samples beside keeping them: events for faults and heat, once an episode."""
+
+from pathlib import Path
+
+import pytest
+
+from drivers.motor import Status
+from gateway.app import Gateway
+from gateway.events import EventType
+from gateway.journal import Batch
+from gateway.state_dir import StateDir
+from gateway.telemetry import blank
+from gateway.writer import Committed
+from tests.gateway_parts import make_config
+
+FAULT, FAULT_CLEARED = EventType.MOTOR_FAULT, EventType.MOTOR_FAULT_CLEARED
+HOT = EventType.MOTOR_OVER_TEMPERATURE
+OVERLOAD, VOLTAGE = Status.FAULT_OVERLOAD, Status.FAULT_VOLTAGE
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [
+        pytest.param([(Status.ENABLED, 25), (Status(0), 25)], [], id="healthy"),
+        pytest.param([(OVERLOAD, 25)] * 3 + [(Status(0), 25)] * 2, [FAULT, FAULT_CLEARED], id="an episode"),
+        pytest.param([(OVERLOAD, 25), (OVERLOAD | VOLTAGE, 25)], [FAULT, FAULT], id="another fault"),
+        pytest.param([(Status(0), 61), (Status(0), 59), (Status(0), 61)], [HOT], id="a flickering sensor"),
+        pytest.param([(Status(0), 61), (Status(0), 57), (Status(0), 61)], [HOT, HOT], id="hot twice"),
+    ],
+)
+async def test_faults_and_heat_are_told_once_an_episode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: list[tuple[Status, float]], told: list[EventType]
+) -> None:
+    state = StateDir(tmp_path / "state")
+    state.make()
+    gateway = Gateway(make_config(tmp_path), state)
+    events: list[EventType] = []
+    monkeypatch.setattr(gateway, "_event", lambda kind, *_, **__: events.append(kind))
+    for row, (status, temperature_c) in enumerate(samples, start=1):
+        records = blank(1)
+        records["seq"], records["status"], records["temperature_c"] = row, status, temperature_c
+        gateway.committed(Committed(Batch(row, records), ()))
+    gateway._reader.close()
+    gateway._writer._journal.close()
+    assert events == told
