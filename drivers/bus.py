@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Generic, NamedTuple
 
 from drivers.clock import MonotonicNs
@@ -15,8 +16,21 @@ class Received(NamedTuple, Generic[W]):
     at_ns: MonotonicNs
 
 
+class Trouble(StrEnum):
+    """What can go wrong on a bus without taking it down; counted in ``Bus.troubles``."""
+
+    ECHO = "echo"  # the adapter gives back what we send
+    TX_FULL = "tx_full"  # the transmit queue was full (ENOBUFS) and was waited for
+    ERROR_FRAME = "error_frame"  # the CAN controller reported an error
+    GARBAGE = "garbage"  # bytes or lines that the adapter's own protocol does not have
+
+
 class Bus(ABC, Generic[W]):
     """An open bus. Every call returns by its deadline; a bus that is gone raises BusError, from any call."""
+
+    def __init__(self) -> None:
+        self.troubles: dict[Trouble, int] = {}  # how often, since it was opened
+        self.trouble_details: dict[Trouble, str] = {}  # the latest of each, in words
 
     @abstractmethod
     def send(self, units: Sequence[W], deadline: MonotonicNs) -> None:

@@ -8,36 +8,41 @@ Background is: connecting motors that are not there, and reading what changes sl
 costs the others nothing: the wait for it is bounded (``_allowance``), after ``offline_after_ns`` it leaves the
 poll, and from then on it is looked for in the slack. No reply, no sample: a value is never repeated or invented.
 
+Two things are stopped here, where it takes no other process: a motor that was told a velocity or a torque and is told
+nothing more for ``setpoint_ns``, and one that such a setpoint drives out of the range that came with it.
+
 Blocking; knows no processes, no queues to elsewhere. ``BusError`` passes through: whoever opened the bus reopens it.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
 
 from drivers.bus import Bus
-from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
+from drivers.clock import MS, MonotonicNs, after, monotonic_ns
 from drivers.errors import MotorRefused
 from drivers.family import Exchange, Family, Procedure, W
-from drivers.motor import ENDS_MOTION, OVERTAKES, SAMPLE, SETPOINTS, Motor, MotorInfo, Order
+from drivers.motor import DRIVES, ENDS_MOTION, OVERTAKES, SAMPLE, SETPOINTS, Feedback, Kind, Motor, MotorInfo, Order
 from drivers.notices import (
     AnyNotice,
     MotorCounts,
     MotorLate,
     MotorOffline,
     MotorOnline,
+    MotorStopped,
     OrderDone,
     OrderFailed,
 )
 
-REFRESH_NS = SECOND
 RETRY_FIRST_NS = 50 * MS
 RETRY_MOST_NS = 500 * MS
 STEP_LEAST_NS = 1 * MS  # less than this is no time for an exchange, on any bus
+OWN = 0  # the number of the tickets that the cycle gives itself
 SEND_NS = 100 * MS  # a bus that has not taken a request by then is broken, not slow
 LATE_REPLY_NS = 20 * MS  # adapters hold replies back for up to 16 ms
 MOST_REST = 8  # polls
@@ -53,6 +58,7 @@ class Timing:
     period_ns: int
     late_after_ns: int = 50 * MS
     offline_after_ns: int = 300 * MS
+    setpoint_ns: int = 500 * MS  # a velocity or torque is good for this long
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,9 @@ class _Tracked:
     due_ns: int = 0  # next connect while offline, next refresh while online
     retry_ns: int = RETRY_FIRST_NS
     refusal: str = ""  # why it was not connected, as last told
+    driven_until_ns: int = 0  # by a velocity or torque; 0: it is not
+    within_rad: tuple[float, float] = (-inf, inf)  # while it is driven
+    stopping: bool = False  # a stop of our own is not acknowledged yet
 
 
 @dataclass(slots=True)
@@ -93,6 +102,19 @@ class _Job:
     exchange: Exchange[Any, Any] | None = None  # the next one to perform
     ticket: Ticket | None = None
     connects: bool = False
+    sent_ns: int = 0  # when the exchange's requests were written; 0: not yet
+    replies: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def waits(self) -> bool:
+        """Whether replies are still to come that may take longer than the slack of a cycle."""
+        exchange = self.exchange
+        return (
+            exchange is not None
+            and self.sent_ns != 0
+            and len(self.replies) < len(exchange.expects)
+            and monotonic_ns() < self.sent_ns + exchange.patience_ns
+        )
 
 
 class Cycle(Generic[W]):
@@ -110,6 +132,10 @@ class Cycle(Generic[W]):
             motor.index: _Tracked(motor, family) for family in families for motor in family.motors.values()
         }
         self._by_family = [[t for t in self._tracked.values() if t.family is family] for family in families]
+        self._by_address = {(t.family.name, t.motor.bus_id): t for t in self._tracked.values()}
+        self._listeners: list[Family[W, Any]] = [
+            family for family in families if type(family).overhear is not Family.overhear
+        ]
         self._polls: list[Exchange[W, Any] | None] = [None] * len(families)
         self._typical_ns = [timing.period_ns // 4] * len(families)
         self._orders: deque[Ticket] = deque()
@@ -141,6 +167,7 @@ class Cycle(Generic[W]):
 
     def work(self, until: MonotonicNs) -> None:
         """Perform exchanges of orders and background until ``until``, or until there is nothing to do."""
+        self._check_setpoints()
         self._plan_background()
         while self._step_order(until) or self._step_background(until):
             pass
@@ -193,10 +220,35 @@ class Cycle(Generic[W]):
         end = after(monotonic_ns(), self._timing.period_ns // 4)  # a flooded bus is never empty
         while (received := self._bus.receive(MonotonicNs(0))) and monotonic_ns() < end:
             late = True
-            self.strays += sum(1 for family in self._families for _ in family.unpack(received.unit))
+            for family in self._families:
+                for packet in family.unpack(received.unit):
+                    self._hear(family, packet)
         if late:
             for family in self._families:
                 family.reset()
+
+    def _hear(self, family: Family[W, Any], packet: Any) -> None:
+        """A packet that is no reply to what is being asked: of a job that waits, or told by a motor itself."""
+        for job in (self._order_job, self._background[0] if self._background else None):
+            if job and job.tracked.family is family and job.waits and self._take(job, packet):
+                return
+        heard = family.overhear(packet)
+        if heard is None:
+            self.strays += 1
+            return
+        tracked = self._by_address.get((family.name, heard.bus_id))
+        if tracked and heard.reconnect and tracked.online:
+            self._offline(tracked, heard.reconnect)
+            tracked.due_ns = monotonic_ns()
+
+    @staticmethod
+    def _take(job: _Job, packet: Any) -> bool:
+        assert job.exchange is not None  # noqa: S101  it was sent
+        reply = job.exchange.match(packet)
+        if reply is None or reply[0] not in job.exchange.expects or reply[0] in job.replies:
+            return False
+        job.replies[reply[0]] = reply[1]
+        return True
 
     def _next_poll(self, number: int, family: Family[W, Any], tracked: Sequence[_Tracked]) -> Exchange[W, Any] | None:
         """The exchange with all motors that are online, but for those that rest after a miss."""
@@ -236,6 +288,8 @@ class Cycle(Generic[W]):
                 continue
             feedback, at_ns = reply
             one.heard_ns, one.misses_in_a_row, one.late = at_ns, 0, False
+            if one.driven_until_ns:
+                self._check_range(one, feedback)
             rows.append(
                 (
                     one.motor.index,
@@ -288,6 +342,7 @@ class Cycle(Generic[W]):
         self, family: Family[W, Any], exchange: Exchange[W, Any], deadline: MonotonicNs
     ) -> dict[int, tuple[Any, MonotonicNs]]:
         """One turn on the bus: {bus_id: (value, arrived at)} of the motors that replied in time."""
+        exchange.begin()
         self._bus.send(exchange.requests, after(monotonic_ns(), SEND_NS))
         replies: dict[int, tuple[Any, MonotonicNs]] = {}
         while len(replies) < len(exchange.expects):
@@ -297,9 +352,13 @@ class Cycle(Generic[W]):
             for packet in family.unpack(received.unit):
                 reply = exchange.match(packet)
                 if reply is None or reply[0] not in exchange.expects or reply[0] in replies:
-                    self.strays += 1
+                    self._hear(family, packet)
                 else:
                     replies[reply[0]] = (reply[1], received.at_ns)
+            for other in self._listeners:
+                if other is not family:
+                    for packet in other.unpack(received.unit):
+                        self._hear(other, packet)
         return replies
 
     def _least(self, tracked: _Tracked) -> int:
@@ -312,8 +371,13 @@ class Cycle(Generic[W]):
             if job.exchange is None:
                 job.exchange = next(job.procedure)
             self._drain()
-            replies = self._perform(job.tracked.family, job.exchange, deadline)
-            job.exchange = job.procedure.send({bus_id: value for bus_id, (value, _) in replies.items()})
+            if not job.sent_ns:
+                job.sent_ns = monotonic_ns()
+                replies = self._perform(job.tracked.family, job.exchange, deadline)
+                job.replies |= {bus_id: value for bus_id, (value, _) in replies.items()}
+            if not job.waits:
+                replied, job.replies, job.sent_ns = job.replies, {}, 0
+                job.exchange = job.procedure.send(replied)
         except StopIteration as end:
             return True, end.value
         return False, None
@@ -330,6 +394,10 @@ class Cycle(Generic[W]):
             if self._starved_orders < STARVED_ORDER_CYCLES:
                 return False
         self._starved_orders = 0
+        if self._order_job and self._order_job.waits:
+            self._drain()
+            if self._order_job.waits:
+                return False
         until = MonotonicNs(max(until, monotonic_ns() + 2 * least_ns))  # a reply that is on its way is waited for
         job = self._order_job or self._next_order()
         if job is None:
@@ -339,13 +407,46 @@ class Cycle(Generic[W]):
         try:
             ended, detail = self._step(job, until)
             if ended:
-                self._notices.append(OrderDone(ticket.number, ticket.motor, detail))
+                if ticket.order.kind in OVERTAKES - DRIVES:
+                    job.tracked.driven_until_ns, job.tracked.stopping = 0, False
+                if ticket.number != OWN:
+                    self._notices.append(OrderDone(ticket.number, ticket.motor, detail))
         except MotorRefused as refusal:
             ended = True
             self._fail(ticket, refusal.reason, refusal.detail)
         if ended:
             self._order_job = None
         return True
+
+    def _drive(self, tracked: _Tracked, order: Order) -> None:
+        """From now on, whether or not the motor acknowledges it: it may have heard."""
+        tracked.driven_until_ns = monotonic_ns() + self._timing.setpoint_ns
+        tracked.within_rad = order.within_rad
+        tracked.stopping = False
+
+    def _check_range(self, tracked: _Tracked, feedback: Feedback) -> None:
+        """Stop a motor that a velocity or torque drives out of its range; one that comes back in may go on."""
+        low, high = tracked.within_rad
+        position, velocity = feedback.position_rad, feedback.velocity_rad_s
+        if (position > high and velocity > 0) or (position < low and velocity < 0):
+            self._stop(tracked, f"left {low:g}..{high:g} rad at {position:.4f} rad")
+
+    def _check_setpoints(self) -> None:
+        now = monotonic_ns()
+        for tracked in self._tracked.values():
+            if tracked.driven_until_ns and now > tracked.driven_until_ns:
+                self._stop(tracked, f"no fresh setpoint for {self._timing.setpoint_ns / MS:g} ms")
+
+    def _stop(self, tracked: _Tracked, reason: str) -> None:
+        """Ahead of every order that waits; tried again for as long as the motor does not acknowledge it."""
+        if any(t.number == OWN and t.motor == tracked.motor.index for t in self._orders):
+            return
+        tracked.driven_until_ns = monotonic_ns() + self._timing.setpoint_ns
+        expires_ns = after(monotonic_ns(), self._timing.setpoint_ns)
+        self._orders.appendleft(Ticket(OWN, tracked.motor.index, Order(Kind.STOP), expires_ns))
+        if not tracked.stopping:
+            tracked.stopping = True
+            self._notices.append(MotorStopped(tracked.motor.index, reason))
 
     def _next_order(self) -> _Job | None:
         while self._orders:
@@ -356,13 +457,16 @@ class Cycle(Generic[W]):
             elif not tracked.online:
                 self._fail(ticket, "motor_offline", f"{tracked.motor.name} does not answer")
             else:
+                if ticket.order.kind in DRIVES:
+                    self._drive(tracked, ticket.order)
                 procedure = tracked.family.order(tracked.motor.bus_id, ticket.order)
                 self._order_job = _Job(tracked, procedure, ticket=ticket)
                 return self._order_job
         return None
 
     def _fail(self, ticket: Ticket, reason: str, detail: str) -> None:
-        self._notices.append(OrderFailed(ticket.number, ticket.motor, reason, detail))
+        if ticket.number != OWN:
+            self._notices.append(OrderFailed(ticket.number, ticket.motor, reason, detail))
 
     # -- background ----------------------------------------------------------------------------------------------
 
@@ -376,7 +480,7 @@ class Cycle(Generic[W]):
                 tracked.connecting = True
                 self._background.append(_Job(tracked, tracked.family.connect(bus_id), connects=True))
             else:
-                tracked.due_ns = now + REFRESH_NS
+                tracked.due_ns = now + tracked.family.refresh_ns
                 if procedure := tracked.family.refresh(bus_id):
                     self._background.append(_Job(tracked, procedure))
 
@@ -384,6 +488,10 @@ class Cycle(Generic[W]):
         if not self._background:
             self._starved = 0
             return False
+        if self._background[0].waits:
+            self._drain()
+            if self._background[0].waits:
+                return False
         least_ns = self._least(self._background[0].tracked)
         if until - monotonic_ns() < least_ns:
             self._starved += 1
@@ -410,7 +518,7 @@ class Cycle(Generic[W]):
             tracked.online = True
             tracked.heard_ns = now
             tracked.misses_in_a_row = tracked.rest = 0
-            tracked.due_ns = now + REFRESH_NS
+            tracked.due_ns = now + tracked.family.refresh_ns
             self._forget_polls()
             tracked.refusal = ""
             return

@@ -11,8 +11,9 @@ can put one step at a time into the slack of a cycle, and a test can drive it wi
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
+from drivers.clock import SECOND
 from drivers.motor import Kind, Motor, MotorInfo, Order
 
 Medium = Literal["can", "serial"]
@@ -41,6 +42,20 @@ Reply = tuple[int, Any]
 """(bus_id of the motor, decoded value)"""
 
 
+class Overheard(NamedTuple):
+    """A packet that nobody asked for and that says something: from whom, and why the motor must be connected anew.
+
+    Without a reason ("") the family has taken note of it, and that is all.
+    """
+
+    bus_id: int
+    reconnect: str = ""
+
+
+def _nothing() -> None:
+    """Nothing to forget."""
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange(Generic[W, P]):
     """One turn on the bus.
@@ -48,11 +63,18 @@ class Exchange(Generic[W, P]):
     ``requests`` are written together. ``match`` gets each packet that arrives and returns the reply in it, or None
     if the packet is nobody's business here. The exchange is over when each motor of ``expects`` (bus ids)
     replied or its time is up; a motor that replied twice counts once, with its first reply.
+
+    ``begin`` is called when the requests are about to be written: a ``match`` that puts a reply together from several
+    packets forgets there what an earlier turn left half done. ``patience_ns``: how long a reply may take that is
+    known for certain to belong to this request (an SDO of CANopen, by its object); the bus goes on with its cycles
+    meanwhile. 0: until the end of the time that the exchange was given.
     """
 
     requests: Sequence[W]
     expects: frozenset[int]
     match: Callable[[P], Reply | None]
+    begin: Callable[[], None] = _nothing
+    patience_ns: int = 0
 
 
 T = TypeVar("T")
@@ -66,17 +88,34 @@ class Family(ABC, Generic[W, P]):
     name: ClassVar[str]
     medium: ClassVar[Medium]
     bus_ids: ClassVar[range]  # addresses that a motor of this family may have
-    kinds: ClassVar[frozenset[Kind]]  # what its motors can be told
+    kinds: ClassVar[frozenset[Kind]]  # what its motors can be told, whatever their options
     Options: ClassVar[type | None] = None
     """Frozen dataclass of extra keys in a motor's configuration; raises ValueError for a value that cannot be."""
+    examples: ClassVar[Sequence[Any]] = (None,)
+    """``Options`` of motors that tests, benchmarks and examples use, the plainest first; None without ``Options``."""
+    bit_rates: ClassVar[Sequence[int]] = (1_000_000,)  # where a scan looks for its motors, the usual one first
+    refresh_ns: ClassVar[int] = SECOND  # how often ``refresh`` is run for each motor
+
+    garbage: int = 0
+    """Bytes, or frames, that were addressed to nobody here and no valid packet: counted by ``unpack``."""
 
     def __init__(self, motors: Sequence[Motor]) -> None:
         self.motors = {motor.bus_id: motor for motor in motors}
 
     @classmethod
     @abstractmethod
-    def poll_bits(cls, motors: int) -> int:
-        """Bits on the wire, at the least, that polling so many motors takes: requests and replies."""
+    def poll_bits(cls, motors: Sequence[Motor]) -> int:
+        """Bits on the wire, at the least, that polling these motors once takes: requests and replies."""
+
+    @classmethod
+    def explain(cls, vendor_error: int) -> Sequence[str]:
+        """The vendor's error word in the vendor's words, one for each fault; nothing for 0."""
+        return (f"{cls.name} error {vendor_error:#x}",) if vendor_error else ()
+
+    @classmethod
+    def kinds_of(cls, motor: Motor) -> frozenset[Kind]:  # noqa: ARG003  as in refresh
+        """What this motor can be told, with its options: a part of ``kinds``."""
+        return cls.kinds
 
     @classmethod
     def clashes(cls, motors: Sequence[Motor]) -> Iterable[tuple[Motor, str, str]]:  # noqa: ARG003  as in refresh
@@ -95,6 +134,17 @@ class Family(ABC, Generic[W, P]):
     def poll(self, bus_ids: Sequence[int]) -> Exchange[W, P]:
         """The exchange of every cycle; its replies are ``Feedback``."""
 
+    def overhear(self, packet: P) -> Overheard | None:  # noqa: ARG002  for those that override it
+        """A packet that no exchange waited for: a heartbeat, an emergency message. None if it means nothing."""
+        return None
+
+    @abstractmethod
+    def identify(self, bus_id: int) -> Procedure[W, P, MotorInfo | None]:
+        """See who answers at an address; None if nobody does. For a scan of an unknown bus: only ever reads.
+
+        ``MotorInfo.options`` holds the keys of ``Options`` that a configuration of this motor needs.
+        """
+
     @abstractmethod
     def connect(self, bus_id: int) -> Procedure[W, P, MotorInfo | None]:
         """Find a motor and learn what decoding needs; None if it is not there."""
@@ -104,7 +154,10 @@ class Family(ABC, Generic[W, P]):
         """Carry out an order and see that the motor took it; returns what was seen. Raises MotorRefused."""
 
     def refresh(self, bus_id: int) -> Procedure[W, P, None] | None:  # noqa: ARG002  for those that override it
-        """Read what changes slowly and ``poll`` does not bring; run about once a second in the slack."""
+        """Read what changes slowly and ``poll`` does not bring; run every ``refresh_ns`` in the slack.
+
+        A value that could not be read again is told as NaN from then on: what is old is not repeated.
+        """
         return None
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
-from math import nan
+from math import inf, nan
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ class Kind(StrEnum):
 
 SETPOINTS = frozenset({Kind.POSITION, Kind.VELOCITY, Kind.TORQUE})
 """Kinds of which only the newest counts."""
+DRIVES = frozenset({Kind.VELOCITY, Kind.TORQUE})
+"""Setpoints that keep a motor moving until the next one: they need a deadman."""
 ENDS_MOTION = frozenset({Kind.STOP, Kind.DISABLE})
 """Kinds that end a motion: harmless if repeated."""
 OVERTAKES = SETPOINTS | ENDS_MOTION
@@ -103,18 +105,24 @@ SAMPLE = np.dtype(
 class Order:
     """One thing for one motor to do, already validated against its limits.
 
-    ``value``: rad, rad/s or N m, by kind. ``velocity_rad_s``: the speed a position is approached with.
+    ``value``: rad, rad/s or N m, by kind. ``velocity_rad_s``: the speed a position is approached with. ``within_rad``:
+    where a velocity or torque may drive the motor; beyond, it is stopped (``drivers.cycle``).
     """
 
     kind: Kind
     value: float = nan
     velocity_rad_s: float = nan
+    within_rad: tuple[float, float] = (-inf, inf)
 
 
 @dataclass(frozen=True, slots=True)
 class MotorInfo:
-    """What a motor says of itself when it is connected; ``details`` holds whatever else its family reads."""
+    """What a motor says of itself when it is connected; ``details`` holds whatever else its family reads.
+
+    ``options``: the keys of its family's ``Options`` that differ from their defaults, as ``identify`` found them.
+    """
 
     model: str
     firmware: str
     details: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)

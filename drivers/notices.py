@@ -47,6 +47,21 @@ class MotorOffline(Notice, frozen=True, tag=True):
     reason: str
 
 
+class MotorStopped(Notice, frozen=True, tag=True):
+    """The bus worker stopped a motor by itself: no fresh setpoint came, or it left the range it was driven within."""
+
+    motor: int
+    reason: str
+
+
+class BusTrouble(Notice, frozen=True, tag=True):
+    """Something went wrong on the bus that did not take it down; told at most once a second for each ``what``."""
+
+    what: str  # a word of ``drivers.bus``
+    count: int  # since the bus was opened
+    detail: str
+
+
 class OrderDone(Notice, frozen=True, tag=True):
     """The motor acknowledged the order; for a position: it is on its way."""
 
@@ -91,5 +106,15 @@ class CycleStats(Notice, frozen=True, tag=True):
 
 
 AnyNotice = (
-    BusUp | BusDown | MotorOnline | MotorLate | MotorOffline | OrderDone | OrderFailed | SamplesLost | CycleStats
+    BusUp
+    | BusDown
+    | BusTrouble
+    | MotorOnline
+    | MotorLate
+    | MotorOffline
+    | MotorStopped
+    | OrderDone
+    | OrderFailed
+    | SamplesLost
+    | CycleStats
 )

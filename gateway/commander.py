@@ -87,7 +87,9 @@ class Commander:
         self._time = time
         self._send = send
         self._partitions = {motor.name: motor.partition for motor in config.motors}
-        self._kinds = {motor.partition: protocols.load(motor.protocol).kinds for motor in config.motors}
+        self._kinds = {
+            motor.partition: protocols.load(motor.protocol).kinds_of(motor.driven()) for motor in config.motors
+        }
         self._recent: OrderedDict[str, CommandState] = OrderedDict()  # perhaps not committed yet
         self._active: list[_Active] = []
         self._numbers = itertools.count(1)

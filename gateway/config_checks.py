@@ -4,7 +4,7 @@ Works on the plain tables, where None stands for a value that its model found at
 another fault.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -49,7 +49,7 @@ def check(raw: Raw) -> Iterator[Finding]:
         yield from _connection(steps, bus, simulated="simulation" in raw)
         if bus.get("rate_hz"):
             yield from _period(steps, bus["rate_hz"], late_after_ms)
-            yield from _wire_time(steps, bus, [motor for _, motor in members[name or ""]])
+            yield from _wire_time(steps, bus, members[name or ""])
 
 
 def _tables(raw: Raw, key: str) -> list[Placed]:
@@ -146,15 +146,19 @@ def _period(steps: Steps, rate_hz: float, late_after_ms: float | None) -> Iterat
         yield Finding((*steps, "rate_hz"), f"{wrong}; {right}")
 
 
-def _wire_time(steps: Steps, bus: Raw, motors: Sequence[Raw]) -> Iterator[Finding]:
+def _wire_time(steps: Steps, bus: Raw, members: Sequence[Placed]) -> Iterator[Finding]:
     """A rate that the bus cannot carry, even if every motor replied at once."""
     key, unit = ("bitrate", "bit/s") if bus["type"] == "can" else ("baudrate", "baud")
     bits_per_s = bus.get(key, BITS_PER_S)
-    counts = Counter(motor["protocol"] for motor in motors if protocols.find(motor.get("protocol")))
-    bits = sum(protocols.load(name).poll_bits(count) for name, count in counts.items())
+    by_family: defaultdict[str, list[Motor]] = defaultdict(list)
+    for place, table in members:
+        family = protocols.find(table.get("protocol"))
+        if family and (motor := _driven(place, table, family)):
+            by_family[family.name].append(motor)
+    bits = sum(protocols.load(name).poll_bits(motors) for name, motors in by_family.items())
     if bus.get("interface") == "virtual" or bits_per_s is None or bits * bus["rate_hz"] <= bits_per_s:
         return
-    polled = " and ".join(f"{count} {name}" for name, count in counts.items())
+    polled = " and ".join(f"{len(motors)} {name}" for name, motors in by_family.items())
     yield Finding(
         (*steps, "rate_hz"),
         f"to poll {polled} takes {1e6 * bits / bits_per_s:.0f} us on the wire at {bits_per_s} {unit}: "

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from drivers import protocols
 from drivers.clock import MS, SECOND, MonotonicNs
 from drivers.errors import MotorRefused
-from drivers.family import Exchange, Family, Procedure
+from drivers.family import Exchange, Family, Overheard, Procedure
 from drivers.motor import Feedback, Motor, Order
 from drivers.sim.build import SimulationSettings, build_bus
 from drivers.sim.responder import SimulatedMotor
@@ -17,10 +17,9 @@ T = TypeVar("T")
 STILL = SimulationSettings(motion="still", enabled=False)
 
 
-def make_motor(family: str, bus_id: int, index: int = 0) -> Motor:
-    """A motor with its family's default options."""
-    options = protocols.load(family).Options
-    return Motor(index, f"joint{bus_id}", family, bus_id, None if options is None else options())
+def make_motor(family: str, bus_id: int, index: int = 0, example: int = 0) -> Motor:
+    """A motor with one of its family's example options."""
+    return Motor(index, f"joint{bus_id}", family, bus_id, protocols.load(family).examples[example])
 
 
 class Loop:
@@ -36,6 +35,7 @@ class Loop:
         self.family: Family[Any, Any] = protocols.load(motors[0].family)(motors)
         self.bus = build_bus([motor for motor in motors if motor.bus_id not in set(absent)], settings, self.now)
         self.sent: list[Any] = []
+        self.overheard: list[Overheard] = []
 
     def simulated(self, bus_id: int) -> SimulatedMotor:
         return next(motor for motor in self.bus.motors if motor.motor.bus_id == bus_id)
@@ -50,6 +50,7 @@ class Loop:
             self.bus.advance(self.now)
 
     def exchange(self, exchange: Exchange[Any, Any]) -> dict[int, Any]:
+        exchange.begin()
         self.sent += exchange.requests
         self.now = MonotonicNs(self.now + MS)
         replies: dict[int, Any] = {}
@@ -59,6 +60,8 @@ class Loop:
                 reply = exchange.match(packet)
                 if reply is not None and reply[0] in exchange.expects:
                     replies.setdefault(*reply)
+                elif reply is None and (heard := self.family.overhear(packet)):
+                    self.overheard.append(heard)
         return replies
 
     def run(self, procedure: Procedure[Any, Any, T]) -> T:

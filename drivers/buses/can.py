@@ -22,6 +22,7 @@ class CanBus(Bus[CanFrame]):
     """One open channel. Error frames and remote frames are not passed on."""
 
     def __init__(self, spec: CanSpec) -> None:
+        super().__init__()
         self._name = f"CAN bus {spec.name} ({spec.interface} {spec.channel})"
         # SocketCAN's bit rate belongs to the network link; python-can ignores it there
         try:

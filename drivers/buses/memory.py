@@ -15,6 +15,7 @@ class MemoryBus(Bus[W]):
     """Replies arrive when the simulated motors say so; ``unplug`` makes every further call fail."""
 
     def __init__(self, simulated: SimulatedBus[W]) -> None:
+        super().__init__()
         self.simulated: SimulatedBus[W] = simulated
         self._arriving: list[tuple[MonotonicNs, int, W]] = []
         self._order = count()

@@ -21,6 +21,7 @@ class SerialBus(Bus[bytes]):
     """One open port, exclusively ours."""
 
     def __init__(self, spec: SerialSpec) -> None:
+        super().__init__()
         self._name = f"serial bus {spec.name} ({spec.port})"
         try:
             self._port = serial.Serial(spec.port, spec.baudrate, timeout=0, write_timeout=0, exclusive=True)

@@ -1,7 +1,7 @@
 """Motor families, one file each, found by looking into this folder: no table to edit.
 
 Each module defines ``FAMILY`` (a ``drivers.family.Family``) and ``SIMULATED`` (a ``drivers.sim.responder.Responder``:
-the motors' side of the same codec).
+the motors' side of the same codec). A module whose name begins with an underscore is a part of a family, not one.
 """
 
 from functools import cache
@@ -17,7 +17,7 @@ from drivers.sim.responder import Responder
 @cache
 def family_names() -> tuple[str, ...]:
     """Names of all families, sorted; a name is also what configuration calls it."""
-    return tuple(sorted(module.name for module in iter_modules(__path__)))
+    return tuple(sorted(module.name for module in iter_modules(__path__) if module.name[0] != "_"))
 
 
 def find(name: object) -> type[Family[Any, Any]] | None:

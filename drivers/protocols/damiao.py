@@ -322,6 +322,7 @@ class Damiao(Family[CanFrame, CanFrame]):
     bus_ids = range(1, 16)
     kinds = frozenset({Kind.ENABLE, Kind.DISABLE, Kind.POSITION, Kind.STOP, Kind.CLEAR_FAULT})
     Options = Options
+    examples = (Options(),)
 
     def __init__(self, motors: Sequence[Motor]) -> None:
         super().__init__(motors)
@@ -329,9 +330,9 @@ class Damiao(Family[CanFrame, CanFrame]):
         self._senders = {(known.master_id, bus_id & 0xF): bus_id for bus_id, known in self._known.items()}
 
     @classmethod
-    def poll_bits(cls, motors: int) -> int:
+    def poll_bits(cls, motors: Sequence[Motor]) -> int:
         """A refresh and a feedback frame for each motor."""
-        return 2 * motors * CAN_FRAME_BITS
+        return 2 * len(motors) * CAN_FRAME_BITS
 
     @classmethod
     def clashes(cls, motors: Sequence[Motor]) -> Iterator[tuple[Motor, str, str]]:
@@ -358,6 +359,17 @@ class Damiao(Family[CanFrame, CanFrame]):
             return bus_id, _common_feedback(raw)
 
         return Exchange([make_refresh(bus_id) for bus_id in bus_ids], asked, match)
+
+    def identify(self, bus_id: int) -> Procedure[CanFrame, CanFrame, MotorInfo | None]:
+        """Read MST_ID, then as ``connect``, which only reads."""
+        found = (yield _register(bus_id, Command.READ, Rid.MST_ID)).get(bus_id)
+        if found is None:
+            return None
+        self._known[bus_id].master_id = found[0]
+        info = yield from self.connect(bus_id)
+        if info is not None and found[0] != bus_id + 0x10:
+            info.options["master_id"] = found[0]
+        return info
 
     def connect(self, bus_id: int) -> Procedure[CanFrame, CanFrame, MotorInfo | None]:
         """Find the motor and read its scaling, mode and version.
@@ -662,6 +674,11 @@ class SimulatedDamiao(Responder[CanFrame]):
     def __init__(self, motors: Sequence[SimulatedMotor]) -> None:
         super().__init__(motors)
         self._motors = [_Motor(simulated) for simulated in motors]
+
+    def reboot(self, simulated: SimulatedMotor) -> None:
+        """Power-up: everything that was not saved is forgotten."""
+        self._motors = [_Motor(simulated) if motor.simulated is simulated else motor for motor in self._motors]
+        simulated.servo.disable()
 
     def respond(self, unit: CanFrame) -> Iterator[tuple[SimulatedMotor, CanFrame]]:
         """The reply to one frame; none to frames for others."""

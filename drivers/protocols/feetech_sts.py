@@ -313,11 +313,11 @@ class FeetechSts(Family[bytes, Packet]):
         self._decoder = Decoder(longest=STATE.size)
 
     @classmethod
-    def poll_bits(cls, motors: int) -> int:
+    def poll_bits(cls, motors: Sequence[Motor]) -> int:
         """One sync read and its replies; a byte is ten bits (8N1)."""
-        request = make_sync_read(range(motors), FEEDBACK.address, FEEDBACK.size)
+        request = make_sync_read([motor.bus_id for motor in motors], FEEDBACK.address, FEEDBACK.size)
         reply = encode_packet(Packet(0, 0, bytes(FEEDBACK.size)))
-        return 10 * (len(request) + motors * len(reply))
+        return 10 * (len(request) + len(motors) * len(reply))
 
     def unpack(self, unit: bytes) -> Iterable[Packet]:
         """Packets completed by ``unit``."""
@@ -337,6 +337,10 @@ class FeetechSts(Family[bytes, Packet]):
             return packet.bus_id, decode_feedback(packet.params, packet.code, self._known[packet.bus_id].enabled)
 
         return Exchange([make_sync_read(bus_ids, FEEDBACK.address, FEEDBACK.size)], asked, match)
+
+    def identify(self, bus_id: int) -> Procedure[bytes, Packet, MotorInfo | None]:
+        """As ``connect``, which only reads."""
+        return self.connect(bus_id)
 
     def connect(self, bus_id: int) -> Procedure[bytes, Packet, MotorInfo | None]:
         """Read identity, the servo's own limits, mode and torque; None if it keeps silent to either read."""
@@ -638,6 +642,12 @@ class SimulatedSts(Responder[bytes]):
         super().__init__(motors)
         self._servos = [_Servo(simulated) for simulated in motors]
         self._decoder = Decoder()
+
+    def reboot(self, simulated: SimulatedMotor) -> None:
+        """Power-up: as ``_Servo.restart``."""
+        for servo in self._servos:
+            if servo.simulated is simulated:
+                servo.restart()
 
     def respond(self, unit: bytes) -> Iterator[tuple[SimulatedMotor, bytes]]:
         """Replies to the requests completed by ``unit``."""

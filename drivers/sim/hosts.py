@@ -80,16 +80,19 @@ class Host(ABC, Generic[W]):
         while not self._stopping.is_set():
             until = min(tick, self._waiting[0][0]) if self._waiting else tick
             for unit in self._receive(left_s(until)):
-                for due, reply in self._bus.respond(unit, monotonic_ns()):
-                    if len(self._waiting) < _MOST_WAITING:
-                        heappush(self._waiting, (due, next(self._number), reply))
+                self._queue(self._bus.respond(unit, monotonic_ns()))
             now = monotonic_ns()
             while self._waiting and self._waiting[0][0] <= now:
                 self._send(heappop(self._waiting)[2])
             if now >= tick:
-                self._bus.advance(now)
+                self._queue(self._bus.advance(now))
                 self._housekeeping()
                 tick = after(now, _TICK_NS)
+
+    def _queue(self, replies: Iterable[tuple[MonotonicNs, W]]) -> None:
+        for due, reply in replies:
+            if len(self._waiting) < _MOST_WAITING:
+                heappush(self._waiting, (due, next(self._number), reply))
 
     @abstractmethod
     def _open(self) -> None: ...

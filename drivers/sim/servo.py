@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from math import copysign, pi, sin, sqrt
 
 Motion = Callable[[float], float]
@@ -26,11 +27,20 @@ class ServoLimits:
     ambient_c: float = 25.0
     heating_c_per_a2_s: float = 0.6  # of the winding
     cooling_per_s: float = 0.02
+    brownout_v: float = 5.0  # with less than this its electronics are off
+
+
+class Drive(Enum):
+    """What the servo's loop follows."""
+
+    POSITION = auto()
+    VELOCITY = auto()
+    TORQUE = auto()
 
 
 @dataclass(slots=True)
 class Servo:
-    """State and goals of one servo. A client's order sets ``enabled`` and ``goal_rad``; ``step`` does the rest.
+    """State and goals of one servo. A client's order sets ``enabled`` and a goal; ``step`` does the rest.
 
     Until its first order it may follow ``motion``, as if another master had set it going, so that a demonstration
     has something to show. ``take_over`` ends that.
@@ -44,14 +54,22 @@ class Servo:
     torque_nm: float = 0.0
     temperature_c: float = 25.0
     voltage_v: float = 12.0
+    drive: Drive = Drive.POSITION
     goal_rad: float = 0.0
-    goal_velocity_rad_s: float = 5.0  # speed of the approach; the mechanical limit still holds
+    goal_velocity_rad_s: float = 5.0  # of the approach (positive), or to turn at; the mechanical limit still holds
+    goal_torque_nm: float = 0.0
     time_s: float = 0.0
+    stuck_rad: float | None = None  # what a stuck encoder goes on telling
 
     @property
     def current_a(self) -> float:
         """Motor current, signed like the torque."""
         return self.torque_nm / self.limits.nm_per_a
+
+    @property
+    def measured_rad(self) -> float:
+        """The position that its encoder tells."""
+        return self.position_rad if self.stuck_rad is None else self.stuck_rad
 
     @property
     def moving(self) -> bool:
@@ -62,14 +80,18 @@ class Servo:
         """A client commands this motor from now on: hold where it is, unless told otherwise."""
         if self.motion is not None:
             self.motion = None
-            self.goal_rad = self.position_rad
+            self.hold()
+
+    def hold(self) -> None:
+        """Stay where it is."""
+        self.move_to(self.position_rad, self.limits.velocity_rad_s)
 
     def enable(self) -> None:
         """Switch the torque on, holding the present position."""
         self.take_over()
         if not self.enabled:
             self.enabled = True
-            self.goal_rad = self.position_rad
+            self.hold()
 
     def disable(self) -> None:
         """Switch the torque off; friction brings the shaft to rest."""
@@ -79,8 +101,21 @@ class Servo:
     def move_to(self, goal_rad: float, velocity_rad_s: float) -> None:
         """Set the goal of the position loop; has an effect only while enabled."""
         self.take_over()
+        self.drive = Drive.POSITION
         self.goal_rad = goal_rad
         self.goal_velocity_rad_s = abs(velocity_rad_s)
+
+    def turn_at(self, velocity_rad_s: float) -> None:
+        """Turn at this velocity, until told otherwise; has an effect only while enabled."""
+        self.take_over()
+        self.drive = Drive.VELOCITY
+        self.goal_velocity_rad_s = velocity_rad_s
+
+    def push(self, torque_nm: float) -> None:
+        """Push with this torque, until told otherwise; has an effect only while enabled."""
+        self.take_over()
+        self.drive = Drive.TORQUE
+        self.goal_torque_nm = torque_nm
 
     def step(self, dt_s: float) -> None:
         """Advance by ``dt_s``, in slices of at most a millisecond."""
@@ -91,18 +126,9 @@ class Servo:
     def _slice(self, dt_s: float) -> None:
         limits = self.limits
         self.time_s += dt_s
-        goal, speed_limit = self.goal_rad, min(limits.velocity_rad_s, self.goal_velocity_rad_s)
-        if self.motion is not None:
-            goal, speed_limit = self.motion(self.time_s), limits.velocity_rad_s
         low, high = limits.position_rad
         driven = self.enabled or self.motion is not None
-        if driven:
-            error = min(max(goal, low), high) - self.position_rad
-            # the highest speed from which half the acceleration brakes in time, and never past the goal in a slice
-            wanted = copysign(min(speed_limit, sqrt(abs(error) * limits.acceleration_rad_s2), abs(error) / dt_s), error)
-            most = limits.acceleration_rad_s2
-        else:
-            wanted, most = 0.0, limits.friction_nm / limits.inertia_kg_m2
+        wanted, most = self._wanted(dt_s) if driven else (0.0, limits.friction_nm / limits.inertia_kg_m2)
         change = min(max(wanted - self.velocity_rad_s, -most * dt_s), most * dt_s)
         self.velocity_rad_s += change
         self.position_rad += self.velocity_rad_s * dt_s
@@ -115,3 +141,28 @@ class Servo:
             limits.heating_c_per_a2_s * self.current_a**2
             - limits.cooling_per_s * (self.temperature_c - limits.ambient_c)
         )
+
+    def _wanted(self, dt_s: float) -> tuple[float, float]:
+        """The velocity that the loop wants now (rad/s), and how fast it may change (rad/s2)."""
+        limits = self.limits
+        fastest = limits.velocity_rad_s
+        if self.motion is not None:
+            return self._approach(self.motion(self.time_s), fastest, dt_s), limits.acceleration_rad_s2
+        match self.drive:
+            case Drive.POSITION:
+                speed = min(fastest, self.goal_velocity_rad_s)
+                return self._approach(self.goal_rad, speed, dt_s), limits.acceleration_rad_s2
+            case Drive.VELOCITY:
+                return min(max(self.goal_velocity_rad_s, -fastest), fastest), limits.acceleration_rad_s2
+            case Drive.TORQUE:
+                left_nm = abs(self.goal_torque_nm) - limits.friction_nm  # what is left to accelerate
+                if left_nm > 0:
+                    return copysign(fastest, self.goal_torque_nm), left_nm / limits.inertia_kg_m2
+                return 0.0, -left_nm / limits.inertia_kg_m2
+
+    def _approach(self, goal_rad: float, speed_rad_s: float, dt_s: float) -> float:
+        """The highest speed from which half the acceleration brakes in time, and never past the goal in a slice."""
+        low, high = self.limits.position_rad
+        error = min(max(goal_rad, low), high) - self.position_rad
+        braking = sqrt(abs(error) * self.limits.acceleration_rad_s2)
+        return copysign(min(speed_rad_s, braking, abs(error) / dt_s), error)

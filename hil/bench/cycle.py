@@ -53,12 +53,9 @@ Simulated = Callable[[], int]
 
 
 def make_motors(family: str, count: int) -> tuple[Motor, ...]:
-    """Motors 1, 2, 3 ... of a family with its default options."""
-    options = load_family(family).Options
-    return tuple(
-        Motor(number - 1, f"joint{number}", family, number, None if options is None else options())
-        for number in range(1, count + 1)
-    )
+    """Motors 1, 2, 3 ... of a family with its plainest options."""
+    options = load_family(family).examples[0]
+    return tuple(Motor(number - 1, f"joint{number}", family, number, options) for number in range(1, count + 1))
 
 
 def run(console: Console, seconds: float) -> dict[str, Any]:

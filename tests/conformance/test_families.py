@@ -1,26 +1,45 @@
-"""Every motor family, driven against its own simulated motors. A family added as a file is taken up by itself."""
+"""Every motor family, driven against its own simulated motors. A family added as a file is taken up by itself.
 
-from math import isfinite, nan
+Each test runs once for each of the family's ``examples``: "name#1" is the family with its second set of options.
+"""
+
+from collections.abc import Sequence
+from math import inf, isfinite, nan
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers import protocols
-from drivers.family import CAN_FRAME_BITS, CanFrame
-from drivers.motor import Kind, Order, Status
+from drivers.family import CAN_FRAME_BITS, CanFrame, Family
+from drivers.motor import DRIVES, Feedback, Kind, Motor, Order, Status
 from drivers.sim.build import SimulationSettings
 from tests.memory_loop import Loop, make_motor
 
-pytestmark = pytest.mark.parametrize("name", protocols.family_names())
+NAMES = [
+    name if number == 0 else f"{name}#{number}"
+    for name in protocols.family_names()
+    for number in range(len(protocols.load(name).examples))
+]
+pytestmark = pytest.mark.parametrize("name", NAMES)
 
 NEAR_RAD = 0.01  # coarser than any family's resolution
 
 
+def load(name: str) -> type[Family[Any, Any]]:
+    return protocols.load(name.partition("#")[0])
+
+
+def make(name: str, bus_id: int, index: int = 0) -> Motor:
+    family, _, number = name.partition("#")
+    return make_motor(family, bus_id, index, int(number or 0))
+
+
 def make_loop(name: str, settings: SimulationSettings | None = None, connected: bool = True) -> tuple[Loop, list[int]]:
     """Three motors of a family, connected."""
-    bus_ids = list(protocols.load(name).bus_ids[:3])
-    motors = [make_motor(name, bus_id, index) for index, bus_id in enumerate(bus_ids)]
+    bus_ids = list(load(name).bus_ids[:3])
+    motors = [make(name, bus_id, index) for index, bus_id in enumerate(bus_ids)]
     loop = Loop(motors, settings) if settings else Loop(motors)
     if connected:
         for bus_id in bus_ids:
@@ -29,13 +48,14 @@ def make_loop(name: str, settings: SimulationSettings | None = None, connected: 
 
 
 def needs(name: str, *kinds: Kind) -> None:
-    if missing := set(kinds) - protocols.load(name).kinds:
+    if missing := set(kinds) - load(name).kinds_of(make(name, load(name).bus_ids[0])):
         pytest.skip(f"{name} has no order {', '.join(missing)}")
 
 
 def test_family_says_what_it_is(name: str) -> None:
-    family = protocols.load(name)
-    assert family.name == name
+    family = load(name)
+    assert family.name == name.partition("#")[0]
+    assert family.kinds_of(make(name, family.bus_ids[0])) <= family.kinds
     assert family.medium in {"can", "serial"}
     assert len(family.bus_ids) >= 6
     assert {Kind.ENABLE, Kind.DISABLE, Kind.STOP} <= family.kinds
@@ -50,8 +70,8 @@ def test_motor_that_is_there_is_connected(name: str) -> None:
 
 
 def test_motor_that_is_not_there_is_not_connected(name: str) -> None:
-    first, second = protocols.load(name).bus_ids[:2]
-    loop = Loop([make_motor(name, first), make_motor(name, second, 1)], absent=[second])
+    first, second = load(name).bus_ids[:2]
+    loop = Loop([make(name, first), make(name, second, 1)], absent=[second])
     assert loop.connect(second) is None
     assert loop.connect(first) is not None
 
@@ -75,7 +95,7 @@ def test_poll_takes_the_bits_on_the_wire_that_it_is_said_to_take(name: str) -> N
     requests = loop.family.poll(bus_ids).requests
     units = [*requests, *(reply for unit in requests for _, reply in loop.bus.respond(unit, loop.now))]
     bits = sum(CAN_FRAME_BITS if isinstance(unit, CanFrame) else 10 * len(unit) for unit in units)
-    assert loop.family.poll_bits(len(bus_ids)) == bits
+    assert loop.family.poll_bits(list(loop.family.motors.values())) == bits
 
 
 def test_silent_motor_is_the_only_one_missing(name: str) -> None:
@@ -147,7 +167,7 @@ def test_position_without_torque_is_refused_and_moves_nothing(name: str) -> None
 
 @pytest.mark.parametrize(
     ("value", "velocity_rad_s"),
-    [(nan, 1.0), (float("inf"), 1.0), (0.5, nan), (0.5, -1.0), (1e6, 1.0)],
+    [(nan, 1.0), (inf, 1.0), (0.5, nan), (0.5, -1.0), (1e6, 1.0)],
 )
 def test_position_that_makes_no_sense_moves_nothing(name: str, value: float, velocity_rad_s: float) -> None:
     needs(name, Kind.POSITION)
@@ -193,7 +213,7 @@ def test_disabled_motor_says_so(name: str) -> None:
 def test_order_of_a_kind_that_the_family_lacks_is_refused_and_sends_nothing(name: str) -> None:
     loop, (first, *_) = make_loop(name)
     loop.sent.clear()
-    for kind in set(Kind) - loop.family.kinds:
+    for kind in set(Kind) - loop.family.kinds_of(loop.family.motors[first]):
         assert loop.refusal(first, Order(kind, 0.0, 0.0)).reason == "unsupported"
     assert loop.sent == []
 
@@ -202,7 +222,7 @@ def test_order_to_a_motor_that_keeps_silent_is_refused(name: str) -> None:
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
     loop.simulated(first).faults.silent = True
-    for kind in loop.family.kinds:
+    for kind in loop.family.kinds_of(loop.family.motors[first]):
         assert loop.refusal(first, Order(kind, 0.1, 0.1)).reason == "no_reply"
 
 
@@ -212,3 +232,200 @@ def test_refresh_ends_whether_or_not_the_motor_answers(name: str) -> None:
         loop.simulated(first).faults.silent = silent
         if procedure := loop.family.refresh(first):
             loop.run(procedure)
+
+
+# --- velocity and torque ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("velocity_rad_s", [0.5, -0.5])
+def test_velocity_is_kept_until_stop(name: str, velocity_rad_s: float) -> None:
+    needs(name, Kind.VELOCITY)
+    loop, (first, second, _) = make_loop(name)
+    loop.order(first, Order(Kind.ENABLE))
+    loop.order(first, Order(Kind.VELOCITY, velocity_rad_s))
+    loop.wait(2)
+    told = loop.poll(first, second)
+    assert told[first].velocity_rad_s == pytest.approx(velocity_rad_s, abs=0.05)
+    assert told[first].position_rad == pytest.approx(2 * velocity_rad_s, abs=0.1)
+    assert told[second].position_rad == pytest.approx(0.0, abs=NEAR_RAD)
+    loop.order(first, Order(Kind.STOP))
+    loop.wait(1)
+    stopped_rad = loop.servo(first).position_rad
+    loop.wait(1)
+    assert loop.servo(first).position_rad == pytest.approx(stopped_rad, abs=NEAR_RAD)
+    assert loop.poll(first)[first].status & Status.ENABLED
+
+
+def test_position_after_velocity_is_reached(name: str) -> None:
+    needs(name, Kind.VELOCITY, Kind.POSITION)
+    loop, (first, *_) = make_loop(name)
+    loop.order(first, Order(Kind.ENABLE))
+    loop.order(first, Order(Kind.VELOCITY, 0.5))
+    loop.wait(1)
+    loop.order(first, Order(Kind.POSITION, -0.2, velocity_rad_s=1.0))
+    loop.wait(2)
+    assert loop.poll(first)[first].position_rad == pytest.approx(-0.2, abs=NEAR_RAD)
+
+
+@pytest.mark.parametrize("torque_nm", [0.5, -0.5])
+def test_torque_pushes_its_way(name: str, torque_nm: float) -> None:
+    needs(name, Kind.TORQUE)
+    loop, (first, *_) = make_loop(name)
+    loop.order(first, Order(Kind.ENABLE))
+    loop.order(first, Order(Kind.TORQUE, torque_nm))
+    loop.wait(0.2)
+    assert loop.servo(first).position_rad * torque_nm > 0.05
+    loop.order(first, Order(Kind.STOP))
+    loop.wait(1)
+    assert loop.poll(first)[first].velocity_rad_s == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", sorted(DRIVES))
+def test_drive_without_torque_is_refused_and_moves_nothing(name: str, kind: Kind) -> None:
+    needs(name, kind)
+    loop, (first, *_) = make_loop(name)
+    loop.poll(first)
+    assert loop.refusal(first, Order(kind, 0.5)).reason == "not_enabled"
+    loop.wait(1)
+    assert loop.servo(first).position_rad == pytest.approx(0, abs=NEAR_RAD)
+
+
+@pytest.mark.parametrize("kind", sorted(DRIVES))
+@pytest.mark.parametrize("value", [nan, inf, -inf, 1e9])
+def test_drive_that_makes_no_sense_moves_nothing(name: str, kind: Kind, value: float) -> None:
+    needs(name, kind)
+    loop, (first, *_) = make_loop(name)
+    loop.order(first, Order(Kind.ENABLE))
+    refusal = loop.refusal(first, Order(kind, value))
+    assert refusal.reason in {"malformed", "out_of_limits"}
+    assert str(value) in refusal.detail
+    loop.wait(1)
+    assert loop.servo(first).position_rad == pytest.approx(0, abs=NEAR_RAD)
+
+
+# --- identity, faults -------------------------------------------------------------------------------------------------
+
+
+def test_identify_tells_who_answers_and_touches_nothing(name: str) -> None:
+    loop, (first, second, _) = make_loop(name, SimulationSettings(motion="still", enabled=True), connected=False)
+    info = loop.run(loop.family.identify(first))
+    assert info is not None
+    assert info.model
+    assert load(name).Options is not None or not info.options
+    loop.simulated(second).faults.silent = True
+    assert loop.run(loop.family.identify(second)) is None
+    loop.wait(1)
+    assert loop.servo(first).enabled
+    assert loop.servo(first).position_rad == pytest.approx(0, abs=NEAR_RAD)
+
+
+def test_explains_every_error_in_words(name: str) -> None:
+    family = load(name)
+    assert list(family.explain(0)) == []
+    for bit in range(16):
+        assert all(family.explain(1 << bit)), bit
+        assert len(family.explain(1 << bit)) >= 1
+
+
+def poll_after_refresh(loop: Loop, bus_id: int) -> Feedback:
+    """What the motor tells, after what its family reads slowly has been read."""
+    loop.poll(bus_id)
+    if procedure := loop.family.refresh(bus_id):
+        loop.run(procedure)
+    return loop.poll(bus_id)[bus_id]
+
+
+def test_overheated_motor_says_so_in_its_own_word_and_in_the_common_one(name: str) -> None:
+    loop, (first, second, _) = make_loop(name)
+    loop.servo(first).temperature_c = 150.0
+    told = poll_after_refresh(loop, first)
+    assert told.temperature_c > 100
+    assert told.status & Status.FAULT_TEMPERATURE
+    assert told.vendor_error
+    assert load(name).explain(told.vendor_error)
+    assert not poll_after_refresh(loop, second).status & Status.faults()
+
+
+def test_cleared_fault_is_gone_if_its_cause_is(name: str) -> None:
+    needs(name, Kind.CLEAR_FAULT)
+    loop, (first, *_) = make_loop(name)
+    loop.servo(first).temperature_c = 150.0
+    assert poll_after_refresh(loop, first).status & Status.faults()
+    loop.servo(first).temperature_c = 25.0
+    loop.order(first, Order(Kind.CLEAR_FAULT))
+    loop.wait(2)  # some motors restart
+    if first not in loop.poll(first):
+        assert loop.connect(first) is not None
+    told = poll_after_refresh(loop, first)
+    assert not told.status & Status.faults()
+    assert told.vendor_error == 0
+
+
+def test_rebooted_motor_has_no_torque_and_can_be_enabled_again(name: str) -> None:
+    loop, (first, *_) = make_loop(name)
+    loop.order(first, Order(Kind.ENABLE))
+    loop.bus.reboot(loop.simulated(first))
+    loop.wait(1)
+    assert not loop.servo(first).enabled
+    assert loop.connect(first) is not None
+    assert not loop.poll(first)[first].status & Status.ENABLED
+    loop.order(first, Order(Kind.ENABLE))
+    assert loop.poll(first)[first].status & Status.ENABLED
+
+
+def test_stuck_encoder_tells_the_same_position(name: str) -> None:
+    loop, (first, *_) = make_loop(name)
+    loop.order(first, Order(Kind.ENABLE))
+    loop.servo(first).stuck_rad = 0.25
+    loop.servo(first).position_rad = 0.75
+    assert loop.poll(first)[first].position_rad == pytest.approx(0.25, abs=NEAR_RAD)
+
+
+def test_reply_under_a_wrong_address_is_nobodys_sample(name: str) -> None:
+    loop, (first, second, third) = make_loop(name)
+    loop.simulated(second).faults.wrong_id = load(name).bus_ids[4]
+    assert sorted(loop.poll(first, second, third)) == [first, third]
+
+
+def replies_to_a_poll(loop: Loop, bus_ids: Sequence[int]) -> list[bytes]:
+    requests = loop.family.poll(bus_ids).requests
+    return [reply for unit in requests for _, reply in loop.bus.respond(unit, loop.now)]
+
+
+def read(loop: Loop, bus_ids: Sequence[int], stream: Sequence[bytes]) -> dict[int, Feedback]:
+    exchange = loop.family.poll(bus_ids)
+    exchange.begin()
+    replies: dict[int, Feedback] = {}
+    for unit in stream:
+        for packet in loop.family.unpack(unit):
+            if reply := exchange.match(packet):
+                replies.setdefault(*reply)
+    return replies
+
+
+@given(data=st.data())
+def test_damaged_stream_invents_nothing_and_the_next_replies_are_read(name: str, data: st.DataObject) -> None:
+    """Serial: any bit wrong, any byte missing or too many, cut into any chunks. (CAN has its CRC in the hardware.)"""
+    if load(name).medium != "serial":
+        return
+    loop, bus_ids = make_loop(name)
+    good = replies_to_a_poll(loop, bus_ids)
+    truth = read(loop, bus_ids, good)
+    assert sorted(truth) == bus_ids
+    stream = bytearray(b"".join(good))
+    at = data.draw(st.integers(0, len(stream) - 1))
+    match data.draw(st.sampled_from(["bit", "missing", "extra", "cut"])):
+        case "bit":
+            stream[at] ^= 1 << data.draw(st.integers(0, 7))
+        case "missing":
+            del stream[at]
+        case "extra":
+            stream.insert(at, data.draw(st.integers(0, 255)))
+        case "cut":
+            del stream[at:]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=4)))
+    chunks = [bytes(stream[a:b]) for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    for bus_id, feedback in read(loop, bus_ids, chunks).items():
+        assert feedback == truth[bus_id]
+    read(loop, bus_ids, good)  # whose beginning may still belong to what was damaged
+    assert read(loop, bus_ids, good) == truth

@@ -5,6 +5,7 @@ import os
 import pickle
 import string
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -476,8 +477,8 @@ def test_several_families_on_a_bus_share_its_wire(monkeypatch: pytest.MonkeyPatc
         name = "other"
 
         @classmethod
-        def poll_bits(cls, motors: int) -> int:
-            return 1000 * motors
+        def poll_bits(cls, motors: Sequence[driven.Motor]) -> int:
+            return 1000 * len(motors)
 
     real = protocols.load
     monkeypatch.setattr(protocols, "family_names", lambda: ("damiao", "other"))

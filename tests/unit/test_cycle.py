@@ -158,8 +158,8 @@ class Plain(Family[bytes, int]):
     refresh_steps = 1
 
     @classmethod
-    def poll_bits(cls, motors: int) -> int:
-        return 2 * 10 * motors
+    def poll_bits(cls, motors: Sequence[Motor]) -> int:
+        return 2 * 10 * len(motors)
 
     def unpack(self, unit: bytes) -> Sequence[int]:
         return list(unit)
@@ -182,6 +182,9 @@ class Plain(Family[bytes, int]):
             raise MotorRefused("refused", self.refusals[bus_id])
         return MotorInfo("plain", "1")
 
+    def identify(self, bus_id: int) -> Procedure[bytes, int, MotorInfo | None]:
+        return self.connect(bus_id)
+
     def refresh(self, bus_id: int) -> Procedure[bytes, int, None] | None:
         return self._refresh(bus_id)
 
@@ -202,6 +205,9 @@ class PlainMotors(Responder[bytes]):
     def __init__(self, motors: Sequence[SimulatedMotor]) -> None:
         super().__init__(motors)
         self.asked: Counter[int] = Counter()
+
+    def reboot(self, simulated: SimulatedMotor) -> None:
+        return
 
     def respond(self, unit: bytes) -> list[tuple[SimulatedMotor, bytes]]:
         self.asked.update(byte & 0xC0 for byte in unit if byte & 0x3F in self.motors)
