@@ -22,6 +22,7 @@ class Trouble(StrEnum):
     ECHO = "echo"  # the adapter gives back what we send
     TX_FULL = "tx_full"  # the transmit queue was full (ENOBUFS) and was waited for
     ERROR_FRAME = "error_frame"  # the CAN controller reported an error
+    LONG_FRAME = "long_frame"  # a CAN FD frame of more than eight bytes, which no family here speaks
     GARBAGE = "garbage"  # bytes or lines that the adapter's own protocol does not have
 
 
@@ -31,6 +32,11 @@ class Bus(ABC, Generic[W]):
     def __init__(self) -> None:
         self.troubles: dict[Trouble, int] = {}  # how often, since it was opened
         self.trouble_details: dict[Trouble, str] = {}  # the latest of each, in words
+
+    def note(self, what: Trouble, detail: str, times: int = 1) -> None:
+        """Count a trouble; for the bus itself."""
+        self.troubles[what] = self.troubles.get(what, 0) + times
+        self.trouble_details[what] = detail
 
     @abstractmethod
     def send(self, units: Sequence[W], deadline: MonotonicNs) -> None:

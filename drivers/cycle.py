@@ -15,7 +15,7 @@ Blocking; knows no processes, no queues to elsewhere. ``BusError`` passes throug
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Generic
@@ -46,6 +46,7 @@ OWN = 0  # the number of the tickets that the cycle gives itself
 SEND_NS = 100 * MS  # a bus that has not taken a request by then is broken, not slow
 LATE_REPLY_NS = 20 * MS  # adapters hold replies back for up to 16 ms
 MOST_REST = 8  # polls
+DOUBT_NS = 1 * MS  # that a reply may take longer than twice the usual, and still be prompt
 STARVED_CYCLES = 50  # a bus without slack still looks after its background this often
 STARVED_ORDER_CYCLES = 2  # and after its orders this often
 ORDERS_PER_MOTOR = 8
@@ -81,6 +82,9 @@ class _Tracked:
     connecting: bool = False
     late: bool = False
     heard_ns: int = 0  # 0: never
+    sampled: bool = False  # since it came online
+    usual_ns: int = 0  # its replies take, from the poll on; 0: not known
+    doubtful_ns: int = 0  # took a reply that may have been to an earlier poll; 0: there was none
     misses_in_a_row: int = 0
     polls: int = 0
     misses: int = 0
@@ -131,7 +135,9 @@ class Cycle(Generic[W]):
         self._tracked = {
             motor.index: _Tracked(motor, family) for family in families for motor in family.motors.values()
         }
-        self._by_family = [[t for t in self._tracked.values() if t.family is family] for family in families]
+        self._by_family = [
+            {t.motor.bus_id: t for t in self._tracked.values() if t.family is family} for family in families
+        ]
         self._by_address = {(t.family.name, t.motor.bus_id): t for t in self._tracked.values()}
         self._listeners: list[Family[W, Any]] = [
             family for family in families if type(family).overhear is not Family.overhear
@@ -139,7 +145,7 @@ class Cycle(Generic[W]):
         self._polls: list[Exchange[W, Any] | None] = [None] * len(families)
         self._typical_ns = [timing.period_ns // 4] * len(families)
         self._orders: deque[Ticket] = deque()
-        self._order_job: _Job | None = None
+        self._order_jobs: list[_Job] = []  # under way, one a motor at most
         self._background: deque[_Job] = deque()
         self._starved = 0
         self._starved_orders = 0
@@ -181,6 +187,8 @@ class Cycle(Generic[W]):
             for older in [t for t in self._orders if t.motor == ticket.motor and t.order.kind in SETPOINTS]:
                 self._orders.remove(older)
                 self._fail(older, "newer_command", "overtaken before the bus got to it")
+        if ticket.order.kind in ENDS_MOTION:
+            self._overrule(ticket.motor)
         waiting = [t for t in self._orders if t.motor == ticket.motor]
         if ticket.motor not in self._tracked:
             self._fail(ticket, "unknown_motor", f"this bus has no motor {ticket.motor}")
@@ -194,6 +202,11 @@ class Cycle(Generic[W]):
         notices, self._notices = self._notices, []
         return notices
 
+    @property
+    def garbage(self) -> int:
+        """Bytes, or frames, that were no valid packet to the family that they were meant for."""
+        return sum(family.garbage for family in self._families)
+
     def counts(self) -> tuple[MotorCounts, ...]:
         """Polls and misses of each motor."""
         return tuple(MotorCounts(t.motor.index, t.polls, t.misses) for t in self._tracked.values())
@@ -204,11 +217,12 @@ class Cycle(Generic[W]):
             if tracked.online:
                 self._offline(tracked, reason)
             tracked.connecting = False
-        if self._order_job and self._order_job.ticket:
-            self._fail(self._order_job.ticket, "interrupted", f"{reason}; its effect is unknown")
+        for job in self._order_jobs:
+            if job.ticket:
+                self._fail(job.ticket, "interrupted", f"{reason}; its effect is unknown")
         for ticket in self._orders:
             self._fail(ticket, "motor_offline", reason)
-        self._order_job = None
+        self._order_jobs.clear()
         self._orders.clear()
         self._background.clear()
 
@@ -229,8 +243,8 @@ class Cycle(Generic[W]):
 
     def _hear(self, family: Family[W, Any], packet: Any) -> None:
         """A packet that is no reply to what is being asked: of a job that waits, or told by a motor itself."""
-        for job in (self._order_job, self._background[0] if self._background else None):
-            if job and job.tracked.family is family and job.waits and self._take(job, packet):
+        for job in (*self._order_jobs, *list(self._background)[:1]):
+            if job.tracked.family is family and job.waits and self._take(job, packet):
                 return
         heard = family.overhear(packet)
         if heard is None:
@@ -250,13 +264,15 @@ class Cycle(Generic[W]):
         job.replies[reply[0]] = reply[1]
         return True
 
-    def _next_poll(self, number: int, family: Family[W, Any], tracked: Sequence[_Tracked]) -> Exchange[W, Any] | None:
+    def _next_poll(
+        self, number: int, family: Family[W, Any], tracked: Mapping[int, _Tracked]
+    ) -> Exchange[W, Any] | None:
         """The exchange with all motors that are online, but for those that rest after a miss."""
         exchange = self._polls[number]
         if exchange is None:
-            bus_ids = [t.motor.bus_id for t in tracked if t.online and not t.rest]
+            bus_ids = [bus_id for bus_id, t in tracked.items() if t.online and not t.rest]
             exchange = family.poll(bus_ids) if bus_ids else None
-        resting = [t for t in tracked if t.rest]
+        resting = [t for t in tracked.values() if t.rest]
         for one in resting:
             one.rest -= 1
         self._polls[number] = None if resting else exchange
@@ -267,27 +283,22 @@ class Cycle(Generic[W]):
         number: int,
         family: Family[W, Any],
         exchange: Exchange[W, Any],
-        tracked: Sequence[_Tracked],
+        tracked: Mapping[int, _Tracked],
         end: MonotonicNs,
     ) -> list[tuple[Any, ...]]:
         sent_ns = monotonic_ns()
         # a late start, or a silent motor of the family before, must not leave it no time at all
         least_ns = sent_ns + 2 * self._typical_ns[number]
         deadline = MonotonicNs(max(least_ns, min(end, sent_ns + self._allowance(number))))
-        replies = self._perform(family, exchange, deadline)
-        if len(replies) == len(exchange.expects):
-            self._typical_ns[number] += (monotonic_ns() - sent_ns - self._typical_ns[number]) // 16
         rows = []
-        for one in tracked:
-            if one.motor.bus_id not in exchange.expects:
+        missing = set(exchange.expects)
+        # whatever a reply takes here, the next one is on the wire meanwhile
+        for bus_id, feedback, at_ns in self._perform(family, exchange, deadline):
+            one = tracked[bus_id]
+            if family.asks_all and self._is_doubtful(one, tracked.values(), at_ns - sent_ns):
                 continue
-            one.polls += 1
-            reply = replies.get(one.motor.bus_id)
-            if reply is None:
-                self._missed(one)
-                continue
-            feedback, at_ns = reply
-            one.heard_ns, one.misses_in_a_row, one.late = at_ns, 0, False
+            missing.remove(bus_id)
+            one.heard_ns, one.misses_in_a_row, one.late, one.sampled = at_ns, 0, False, True
             if one.driven_until_ns:
                 self._check_range(one, feedback)
             rows.append(
@@ -305,7 +316,28 @@ class Cycle(Generic[W]):
                     (at_ns - sent_ns) / 1000,
                 )
             )
+        if not missing:
+            self._typical_ns[number] += (monotonic_ns() - sent_ns - self._typical_ns[number]) // 16
+        for bus_id, one in tracked.items():
+            one.polls += bus_id in exchange.expects
+            if bus_id in missing:
+                self._missed(one)
         return rows
+
+    def _is_doubtful(self, one: _Tracked, family: Iterable[_Tracked], took_ns: int) -> bool:
+        """Whether a reply may be one to an earlier poll, where a motor cannot be left out of a poll to find out.
+
+        So it is if the motor has just missed one, or is new, and its reply takes much longer than replies usually do.
+        (One that is late by about a whole period cannot be told from a prompt one.)
+        """
+        usual_ns = one.usual_ns or min((other.usual_ns for other in family if other.usual_ns), default=0)
+        if usual_ns and (one.misses_in_a_row or not one.sampled) and took_ns > 2 * usual_ns + DOUBT_NS:
+            one.doubtful_ns = took_ns
+            self.strays += 1
+            return True
+        one.usual_ns = one.usual_ns + (took_ns - one.usual_ns) // 16 if one.usual_ns else took_ns
+        one.doubtful_ns = 0
+        return False
 
     def _allowance(self, number: int) -> int:
         """How long a poll may wait: most of the period, or more where complete polls are seen to take that long."""
@@ -320,7 +352,8 @@ class Cycle(Generic[W]):
         self._forget_polls()
         silent_ns = monotonic_ns() - tracked.heard_ns
         if silent_ns > self._timing.offline_after_ns:
-            self._offline(tracked, f"no reply for {silent_ns / MS:.0f} ms")
+            doubt = f"; what came {tracked.doubtful_ns / MS:.1f} ms after a poll may be to one before"
+            self._offline(tracked, f"no reply for {silent_ns / MS:.0f} ms{doubt if tracked.doubtful_ns else ''}")
         elif silent_ns > self._timing.late_after_ns and not tracked.late:
             tracked.late = True
             self._notices.append(MotorLate(tracked.motor.index, tracked.heard_ns, tracked.misses_in_a_row))
@@ -329,7 +362,9 @@ class Cycle(Generic[W]):
         self._notices.append(MotorOffline(tracked.motor.index, tracked.heard_ns, tracked.misses_in_a_row, reason))
         tracked.online = False
         tracked.late = False
-        tracked.retry_ns = RETRY_FIRST_NS
+        if tracked.sampled:  # else it was found in vain: patience
+            tracked.retry_ns = RETRY_FIRST_NS
+        tracked.sampled = False
         tracked.due_ns = monotonic_ns() + tracked.retry_ns
         self._forget_polls()
 
@@ -340,26 +375,26 @@ class Cycle(Generic[W]):
 
     def _perform(
         self, family: Family[W, Any], exchange: Exchange[W, Any], deadline: MonotonicNs
-    ) -> dict[int, tuple[Any, MonotonicNs]]:
-        """One turn on the bus: {bus_id: (value, arrived at)} of the motors that replied in time."""
+    ) -> Iterator[tuple[int, Any, MonotonicNs]]:
+        """One turn on the bus: (bus_id, value, arrived at) of each motor that replies in time, as it does."""
         exchange.begin()
         self._bus.send(exchange.requests, after(monotonic_ns(), SEND_NS))
-        replies: dict[int, tuple[Any, MonotonicNs]] = {}
-        while len(replies) < len(exchange.expects):
+        missing = set(exchange.expects)
+        while missing:
             received = self._bus.receive(deadline)
             if received is None:
                 break
             for packet in family.unpack(received.unit):
                 reply = exchange.match(packet)
-                if reply is None or reply[0] not in exchange.expects or reply[0] in replies:
+                if reply is None or reply[0] not in missing:
                     self._hear(family, packet)
                 else:
-                    replies[reply[0]] = (reply[1], received.at_ns)
+                    missing.remove(reply[0])
+                    yield reply[0], reply[1], received.at_ns
             for other in self._listeners:
                 if other is not family:
                     for packet in other.unpack(received.unit):
                         self._hear(other, packet)
-        return replies
 
     def _least(self, tracked: _Tracked) -> int:
         """Less than this is no time for an exchange: what polls of this family are seen to take."""
@@ -373,8 +408,8 @@ class Cycle(Generic[W]):
             self._drain()
             if not job.sent_ns:
                 job.sent_ns = monotonic_ns()
-                replies = self._perform(job.tracked.family, job.exchange, deadline)
-                job.replies |= {bus_id: value for bus_id, (value, _) in replies.items()}
+                for bus_id, value, _ in self._perform(job.tracked.family, job.exchange, deadline):
+                    job.replies[bus_id] = value
             if not job.waits:
                 replied, job.replies, job.sent_ns = job.replies, {}, 0
                 job.exchange = job.procedure.send(replied)
@@ -385,38 +420,71 @@ class Cycle(Generic[W]):
     # -- orders --------------------------------------------------------------------------------------------------
 
     def _step_order(self, until: MonotonicNs) -> bool:
-        if not self._order_job and not self._orders:
+        """Perform an exchange of one order. Motors do not wait for each other's orders, only for their exchanges."""
+        if any(job.waits for job in self._order_jobs):
+            self._drain()
+        job = self._next_order()
+        if job is None:
             self._starved_orders = 0
             return False
-        least_ns = self._least(self._order_job.tracked if self._order_job else self._tracked[self._orders[0].motor])
+        least_ns = self._least(job.tracked)
         if until - monotonic_ns() < least_ns:
             self._starved_orders += 1
             if self._starved_orders < STARVED_ORDER_CYCLES:
                 return False
         self._starved_orders = 0
-        if self._order_job and self._order_job.waits:
-            self._drain()
-            if self._order_job.waits:
-                return False
         until = MonotonicNs(max(until, monotonic_ns() + 2 * least_ns))  # a reply that is on its way is waited for
-        job = self._order_job or self._next_order()
-        if job is None:
-            return False
         ticket = job.ticket
-        assert ticket is not None  # noqa: S101  order jobs are made in _next_order only
+        assert ticket is not None  # noqa: S101  order jobs are made in _start only
+        self._order_jobs.remove(job)
         try:
             ended, detail = self._step(job, until)
-            if ended:
-                if ticket.order.kind in OVERTAKES - DRIVES:
-                    job.tracked.driven_until_ns, job.tracked.stopping = 0, False
-                if ticket.number != OWN:
-                    self._notices.append(OrderDone(ticket.number, ticket.motor, detail))
+            if not ended:
+                self._order_jobs.append(job)  # behind the others
+                return True
+            if ticket.order.kind in OVERTAKES - DRIVES:
+                job.tracked.driven_until_ns, job.tracked.stopping = 0, False
+            if ticket.number != OWN:
+                self._notices.append(OrderDone(ticket.number, ticket.motor, detail))
         except MotorRefused as refusal:
-            ended = True
             self._fail(ticket, refusal.reason, refusal.detail)
-        if ended:
-            self._order_job = None
         return True
+
+    def _next_order(self) -> _Job | None:
+        """What ends a motion goes first, then what is under way; then what waits, and whose motor is free."""
+        busy = {job.tracked.motor.index for job in self._order_jobs}
+        ready = [job for job in self._order_jobs if not job.waits]
+        ending = [job for job in ready if job.ticket and job.ticket.order.kind in ENDS_MOTION]
+        free = [ticket for ticket in self._orders if ticket.motor not in busy]
+        free.sort(key=lambda ticket: ticket.order.kind not in ENDS_MOTION)
+        if ending or (ready and not (free and free[0].order.kind in ENDS_MOTION)):
+            return (ending or ready)[0]
+        for ticket in free:
+            self._orders.remove(ticket)
+            if job := self._start(ticket):
+                return job
+        return None
+
+    def _start(self, ticket: Ticket) -> _Job | None:
+        tracked = self._tracked[ticket.motor]
+        if (over_ns := monotonic_ns() - ticket.expires_ns) > 0:
+            self._fail(ticket, "stale", f"was due {over_ns / MS:.1f} ms before the bus got to it")
+        elif not tracked.online:
+            self._fail(ticket, "motor_offline", f"{tracked.motor.name} does not answer")
+        else:
+            if ticket.order.kind in DRIVES:
+                self._drive(tracked, ticket.order)
+            job = _Job(tracked, tracked.family.order(tracked.motor.bus_id, ticket.order), ticket=ticket)
+            self._order_jobs.append(job)
+            return job
+        return None
+
+    def _overrule(self, motor: int) -> None:
+        """Break off what this motor is being told: it is to stop."""
+        for job in [job for job in self._order_jobs if job.tracked.motor.index == motor]:
+            if job.ticket and job.ticket.order.kind not in ENDS_MOTION:
+                self._order_jobs.remove(job)
+                self._fail(job.ticket, "newer_command", "overtaken on its way; its effect is unknown")
 
     def _drive(self, tracked: _Tracked, order: Order) -> None:
         """From now on, whether or not the motor acknowledges it: it may have heard."""
@@ -443,26 +511,11 @@ class Cycle(Generic[W]):
             return
         tracked.driven_until_ns = monotonic_ns() + self._timing.setpoint_ns
         expires_ns = after(monotonic_ns(), self._timing.setpoint_ns)
+        self._overrule(tracked.motor.index)
         self._orders.appendleft(Ticket(OWN, tracked.motor.index, Order(Kind.STOP), expires_ns))
         if not tracked.stopping:
             tracked.stopping = True
             self._notices.append(MotorStopped(tracked.motor.index, reason))
-
-    def _next_order(self) -> _Job | None:
-        while self._orders:
-            ticket = self._orders.popleft()
-            tracked = self._tracked[ticket.motor]
-            if (over_ns := monotonic_ns() - ticket.expires_ns) > 0:
-                self._fail(ticket, "stale", f"was due {over_ns / MS:.1f} ms before the bus got to it")
-            elif not tracked.online:
-                self._fail(ticket, "motor_offline", f"{tracked.motor.name} does not answer")
-            else:
-                if ticket.order.kind in DRIVES:
-                    self._drive(tracked, ticket.order)
-                procedure = tracked.family.order(tracked.motor.bus_id, ticket.order)
-                self._order_job = _Job(tracked, procedure, ticket=ticket)
-                return self._order_job
-        return None
 
     def _fail(self, ticket: Ticket, reason: str, detail: str) -> None:
         if ticket.number != OWN:

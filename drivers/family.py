@@ -91,6 +91,8 @@ class Family(ABC, Generic[W, P]):
     kinds: ClassVar[frozenset[Kind]]  # what its motors can be told, whatever their options
     Options: ClassVar[type | None] = None
     """Frozen dataclass of extra keys in a motor's configuration; raises ValueError for a value that cannot be."""
+    asks_all: ClassVar[bool] = False
+    """Whether every motor of the bus replies to a poll, also one that the poll leaves out (a SYNC)."""
     examples: ClassVar[Sequence[Any]] = (None,)
     """``Options`` of motors that tests, benchmarks and examples use, the plainest first; None without ``Options``."""
     bit_rates: ClassVar[Sequence[int]] = (1_000_000,)  # where a scan looks for its motors, the usual one first

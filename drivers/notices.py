@@ -55,7 +55,11 @@ class MotorStopped(Notice, frozen=True, tag=True):
 
 
 class BusTrouble(Notice, frozen=True, tag=True):
-    """Something went wrong on the bus that did not take it down; told at most once a second for each ``what``."""
+    """Something went wrong on the bus that did not take it down.
+
+    Told at once when it happens first, and then less and less often while it goes on: at most once a second for each
+    ``what``.
+    """
 
     what: str  # a word of ``drivers.bus``
     count: int  # since the bus was opened
@@ -100,6 +104,7 @@ class CycleStats(Notice, frozen=True, tag=True):
     cycles: int
     skipped: int  # cycles that were not run because the one before took too long
     strays: int  # packets that belonged to no request: late replies, other masters, noise
+    garbage: int  # bytes, or frames, that were no valid packet
     late_p50_us: float
     late_max_us: float
     motors: tuple[MotorCounts, ...]

@@ -22,11 +22,13 @@ from drivers.motor import Status
 from drivers.notices import (
     AnyNotice,
     BusDown,
+    BusTrouble,
     BusUp,
     CycleStats,
     MotorLate,
     MotorOffline,
     MotorOnline,
+    MotorStopped,
     OrderDone,
     OrderFailed,
     SamplesLost,
@@ -122,7 +124,7 @@ class Gateway:
         # links of a killed run lead to terminals that may be somebody else's by now
         shutil.rmtree(self._state.simulated, ignore_errors=True)
         simulated = plans.simulated_buses(self._config, self._state.simulated, everything=False)
-        links = [Path(plan.where) for plan in simulated]
+        links = [plan.link for plan in simulated if plan.link]
         polling = [asyncio.create_task(_run_when_there(worker, links)) for worker in self._workers.values()]
         tasks = [asyncio.create_task(part) for part in parts]
         motors = []
@@ -181,10 +183,18 @@ class Gateway:
                 self._late(views[motor], heard_ns, misses)
             case MotorOffline(motor, _, misses, reason):
                 self._offline(views[motor], reason, misses)
+            case MotorStopped(motor, reason):
+                log.warning("motor %s: stopped: %s", views[motor].config.name, reason)
+                self._event(EventType.MOTOR_STOPPED, views[motor], reason=reason)
             case BusUp():
                 log.info("bus %s: up", bus)
                 self.board.buses[bus].up, self.board.buses[bus].detail = True, ""
+                self.board.buses[bus].troubles = {}
                 self._event(EventType.BUS_UP, bus=bus)
+            case BusTrouble(what, count, detail):
+                log.warning("bus %s: %s, %d times: %s", bus, what, count, detail)
+                self.board.buses[bus].troubles[what] = count
+                self._event(EventType.BUS_TROUBLE, bus=bus, what=what, count=count, detail=detail)
             case BusDown(reason, retriable):
                 self._bus_down(bus, reason, retriable=retriable)
             case SamplesLost(motor, count):
@@ -249,8 +259,11 @@ class Gateway:
         view.told_faults = faults
         if faults and faults != told:
             names = [flag.name for flag in faults]
-            log.error("motor %s: fault %s", view.config.name, ", ".join(map(str, names)))
-            self._event(EventType.MOTOR_FAULT, view, faults=names, vendor_error=view.vendor_error, seq=view.seq)
+            log.error("motor %s: fault: %s", view.config.name, view.fault)
+            self._event(
+                EventType.MOTOR_FAULT, view, faults=names, vendor_error=view.vendor_error, detail=view.fault,
+                seq=view.seq,
+            )  # fmt: skip
         elif told and not faults:
             self._event(EventType.MOTOR_FAULT_CLEARED, view, seq=view.seq)
         limit_c = view.config.temperature_c

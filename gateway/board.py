@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from drivers import protocols
 from drivers.clock import SECOND, monotonic_ns
 from drivers.motor import Status
 from drivers.notices import CycleStats
@@ -50,6 +51,20 @@ class MotorView:
         (first_at, first_seq), (last_at, last_seq) = self._rates[0], self._rates[-1]
         return (last_seq - first_seq) / max(1e-9, (last_at - first_at) / SECOND)
 
+    @property
+    def vendor_faults(self) -> list[str]:
+        """The vendor's error word in the vendor's words, one for each fault."""
+        return list(protocols.load(self.config.protocol).explain(self.vendor_error))
+
+    @property
+    def fault(self) -> str:
+        """Its faults in words, the common ones and then the vendor's; empty if there are none."""
+        common = ", ".join(str(flag.name).removeprefix("FAULT_").lower() for flag in self.status & Status.faults())
+        if not self.vendor_error:
+            return common
+        vendor = f"{self.config.protocol}: {', '.join(self.vendor_faults)} {self.vendor_error:#04x}"
+        return f"{common} ({vendor})" if common else vendor
+
     def note_rate(self, now: int) -> None:
         """Remember the sequence number at this moment; call a few times a second."""
         if self.seq:
@@ -66,6 +81,7 @@ class BusView:
     rate_hz: float
     up: bool = False
     detail: str = "starting"
+    troubles: dict[str, int] = field(default_factory=dict)  # since the bus was opened; words of drivers.bus
     stats: CycleStats | None = None
     worker_starts: int = 0
 
@@ -139,11 +155,13 @@ class Board:
             "bus": view.name,
             "up": view.up,
             "detail": view.detail,
+            "troubles": view.troubles,
             "rate_hz": view.rate_hz,
             "worker_starts": view.worker_starts,
             "cycles": stats.cycles if stats else 0,
             "skipped_cycles": stats.skipped if stats else 0,
             "stray_packets": stats.strays if stats else 0,
+            "garbage": stats.garbage if stats else 0,
             "late_p50_us": stats.late_p50_us if stats else None,
             "late_max_us": stats.late_max_us if stats else None,
         }
@@ -154,6 +172,7 @@ class Board:
             "motor": view.config.name,
             "partition": view.config.partition,
             "bus": view.config.bus,
+            "protocol": view.config.protocol,
             "state": "online" if view.online and not view.late else "late" if view.online else "offline",
             "model": view.model,
             "firmware": view.firmware,
@@ -167,5 +186,7 @@ class Board:
             "misses": view.misses,
             "status": [flag.name for flag in view.status],
             "vendor_error": view.vendor_error,
+            "faults": view.vendor_faults,
+            "fault": view.fault,
             "lag": self.lag(view) if self.kafka != "not used" else None,
         }

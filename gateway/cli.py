@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import sys
 import threading
+import tomllib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,13 +19,19 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from drivers import protocols
+from drivers.buses import BusSpec, CanSpec, SerialSpec, adapters
+from drivers.clock import MS
 from drivers.errors import DriverError
+from drivers.family import Medium
 from drivers.motor import Kind
 from gateway import client, live, plans, readers
 from gateway import config as configuration
+from gateway import scan as scanning
 from gateway.app import Gateway, run_gateway
 from gateway.commands import Outcome, State
 from gateway.config import Config, ConfigError
+from gateway.draft import draft
 from gateway.journal import JournalError
 from gateway.kafka import TopicMismatch
 from gateway.simulator import build_host
@@ -162,7 +169,151 @@ def check(config: ConfigFile, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def status(config: ConfigFile, as_json: JsonOption = False) -> None:
+def scan(
+    serial: Annotated[str | None, typer.Option("--serial", metavar="PORT", help="Serial port to scan.")] = None,
+    can: Annotated[
+        str | None, typer.Option("--can", metavar="INTERFACE:CHANNEL", help="CAN channel to scan: socketcan:can0.")
+    ] = None,
+    baudrate: Annotated[
+        list[int] | None, typer.Option(min=1, help="Only this bit rate of a serial bus; may be repeated.")
+    ] = None,
+    bitrate: Annotated[int, typer.Option(min=1, help="Bit rate of the CAN bus.")] = 1_000_000,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Keyword for python-can; may be repeated.")
+    ] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="Only this motor family; may be repeated.")] = None,
+    ids: Annotated[str | None, typer.Option(metavar="1-10,15", help="Only these addresses.")] = None,
+    wait: Annotated[
+        float | None, typer.Option(metavar="MS", min=0, help="How long to wait for each reply, in place of 10 to 15.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the configuration there.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the motors on a bus and write a configuration to start from; without a bus, list what can be scanned.
+
+    Motors are only read, never written to. Stop a gateway that uses the bus first.
+    """
+    if serial is None and can is None:
+        _print_adapters(as_json=as_json)
+        return
+    spec = _scanned(serial, can, baudrate, bitrate, option)
+    rounds = _rounds(spec, protocol or [], baudrate or [], ids)
+    if output and output.exists() and not force:
+        raise typer.BadParameter(f"--output {output}: exists; --force overwrites it")
+    findings = scanning.Findings()
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    try:
+        scanning.watch(console, spec, rounds, findings, None if wait is None else round(wait * MS))
+    except KeyboardInterrupt:
+        print("stopped before the end; no configuration is written", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    finally:  # also what was found before it failed
+        if as_json:
+            _print_json(findings.as_json(spec))
+        elif findings.found:
+            _console().print(scanning.table(findings))
+    if not findings.found:
+        _fail("no motor answered: is its power on, and are bit rate, ids and wiring (termination) right?", FAILED)
+    text = draft(spec, findings.found)
+    if output:
+        fresh = output.with_name(f".{output.name}.new")
+        fresh.write_text(text)
+        fresh.replace(output)
+        print(f"written: {output}; review it, then: servo-gateway check {output}", file=sys.stderr)
+    elif not as_json:
+        print(text, end="")
+    try:
+        configuration.loads(text, output or "configuration")
+    except ConfigError as error:
+        print(f"what the motors do not tell is still to be set there:\n{error}", file=sys.stderr)
+
+
+def _scanned(
+    serial: str | None, can: str | None, baudrate: list[int] | None, bitrate: int, option: list[str] | None
+) -> BusSpec:
+    if serial is not None and can is not None:
+        raise typer.BadParameter("--serial and --can: one bus at a time")
+    if serial is not None:
+        if option:
+            raise typer.BadParameter("--option is for --can")
+        return SerialSpec("serial0", _absolute(serial), 0)  # each round has its bit rate
+    if baudrate:
+        raise typer.BadParameter("--baudrate is for --serial; for --can it is --bitrate")
+    interface, _, channel = str(can).partition(":")
+    if not interface or not channel:
+        raise typer.BadParameter(f"--can {can}: must be INTERFACE:CHANNEL, for example socketcan:can0")
+    return CanSpec("can0", interface, _absolute(channel), bitrate, dict(map(_keyword, option or ())))
+
+
+def _absolute(device: str) -> str:
+    """A device file by its whole path, as the configuration should have it."""
+    return str(Path(device).absolute()) if "/" in device and Path(device).exists() else device
+
+
+def _keyword(option: str) -> tuple[str, Any]:
+    """A value is what it would be in a configuration; quotes around text may be left out."""
+    key, equals, value = option.partition("=")
+    if not (key.isidentifier() and equals):
+        raise typer.BadParameter(f"--option {option}: must be KEY=VALUE")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _rounds(spec: BusSpec, names: list[str], baudrates: list[int], ids: str | None) -> list[scanning.Round]:
+    medium: Medium = "can" if isinstance(spec, CanSpec) else "serial"
+    known = [name for name in protocols.family_names() if protocols.load(name).medium == medium]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"--protocol {name}: on a {medium} bus there are {', '.join(known)}")
+    rates = [spec.bitrate] if isinstance(spec, CanSpec) else baudrates
+    rounds = scanning.plan(names or known, rates, _ids(ids) if ids else None)
+    if not rounds:
+        ranges = ", ".join(f"{protocols.load(name).bus_ids[0]}-{protocols.load(name).bus_ids[-1]}" for name in known)
+        raise typer.BadParameter(f"--ids {ids}: {', '.join(names or known)} have {ranges}")
+    return rounds
+
+
+def _ids(words: str) -> set[int]:
+    found: set[int] = set()
+    for word in words.split(","):
+        first, dash, last = word.partition("-")
+        try:
+            end = min(int(last if dash else first), 0xFFFF)  # no family has as many
+            found |= set(range(int(first), end + 1))
+        except ValueError:
+            raise typer.BadParameter(f"--ids {words}: must be numbers and ranges, for example 1-10,15") from None
+    return found
+
+
+def _print_adapters(*, as_json: bool) -> None:
+    ports, channels = adapters.serial_ports(), adapters.can_channels()
+    if as_json:
+        _print_json({"serial": ports, "can": channels})
+        return
+    for way, found in (("--serial", ports), ("--can", channels)):
+        for adapter in found:
+            print(f"servo-gateway scan {way} {adapter.name}  {adapter.detail}".rstrip())
+    if not ports and not channels:
+        print("neither a serial port with a device behind it nor a CAN channel was found; name one yourself:")
+        print("  servo-gateway scan --serial PORT | --can INTERFACE:CHANNEL  (slcan:/dev/ttyACM0)")
+    if any(channel.detail == "down" for channel in channels):
+        print("a channel that is down: ip link set can0 up type can bitrate 1000000")
+
+
+def _console() -> Console:
+    # no markup: what a motor or a library says may hold brackets
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
+
+
+@app.command()
+def status(
+    config: ConfigFile,
+    as_json: JsonOption = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more of each motor, not only faults.")] = False,
+) -> None:
     """Show what the gateway of an arm says of itself; exit status 1 if none runs."""
     state = StateDir(_load(config).arm.state_dir)
     pid = state.running_pid()
@@ -170,13 +321,13 @@ def status(config: ConfigFile, as_json: JsonOption = False) -> None:
     if as_json:
         _print_json({"running": pid is not None, "pid": pid, **found})
     else:
-        _print_status(found, pid)
+        _print_status(found, pid, verbose=verbose)
     if pid is None:
         sys.exit(FAILED)
 
 
-def _print_status(found: dict[str, Any], pid: int | None) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+def _print_status(found: dict[str, Any], pid: int | None, *, verbose: bool) -> None:
+    console = _console()
     running = f"runs (process {pid})" if pid is not None else "does not run; this is the last that it said"
     console.print(f"arm {found['arm']}: gateway {running}")
     kafka = found["kafka"]
@@ -185,11 +336,12 @@ def _print_status(found: dict[str, Any], pid: int | None) -> None:
         console.print(f"journal: {found['journal']['detail']}")
     for bus in found["buses"]:
         late = "-" if bus["late_p50_us"] is None else f"{bus['late_p50_us']:.0f}/{bus['late_max_us']:.0f} us"
-        console.print(
-            f"bus {bus['bus']}: {'up' if bus['up'] else 'down: ' + bus['detail']}; {bus['cycles']} cycles, "
-            f"{bus['skipped_cycles']} skipped, start late by {late} (median/most), {bus['stray_packets']} stray packets"
-        )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        state = "up" if bus["up"] else f"down: {bus['detail']}"
+        console.print(f"bus {bus['bus']}: {state}; {bus['cycles']} cycles, {bus['skipped_cycles']} skipped")
+        console.print(f"  start late by {late} (median/most), {bus['stray_packets']} stray packets")
+        if troubles := bus.get("troubles"):
+            console.print("  troubles: " + ", ".join(f"{what} {count}" for what, count in troubles.items()))
+    table = Table(box=SIMPLE_HEAD, padding=0)  # 80 columns, also with a long seq
     for header in ("motor", "state"):
         table.add_column(header)
     for _, header, _ in STATUS_COLUMNS:
@@ -197,9 +349,22 @@ def _print_status(found: dict[str, Any], pid: int | None) -> None:
     table.add_column("status")
     for motor in found["motors"]:
         numbers = ["-" if motor[key] is None else f"{motor[key]:.{digits}f}" for key, _, digits in STATUS_COLUMNS]
-        flags = " ".join(motor["status"]) + (f" vendor {motor['vendor_error']:#x}" if motor["vendor_error"] else "")
-        table.add_row(motor["motor"], motor["state"], *numbers, flags)
+        table.add_row(motor["motor"], motor["state"], *numbers, " ".join(_status_words(motor)))
     console.print(table)
+    for motor in found["motors"]:
+        if verbose:
+            console.print(
+                f"{motor['motor']}: {motor['protocol']} {motor['model']}, firmware {motor['firmware']}, "
+                f"{motor['misses']} of {motor['polls']} polls missed"
+            )
+        if motor["fault"]:
+            console.print(f"{motor['motor']} fault: {motor['fault']}", style="bold red")
+
+
+def _status_words(motor: dict[str, Any]) -> list[str]:
+    """The status bits, all faults as one: they are explained below the table."""
+    words = [name.lower() for name in motor["status"] if not name.startswith("FAULT_")]
+    return [*words, "fault"] if motor["fault"] else words
 
 
 @app.command()

@@ -198,12 +198,14 @@ class Commander:
     def _unsupported(self, command: Command, addressed: Sequence[int]) -> str | None:
         if command.targets is not None:
             return "targets: several motors in one command are not supported yet; send one command a motor"
-        if command.kind is Kind.POSITION and command.motor == ARM:
-            return "position for all motors: name one motor"
+        if command.kind in SETPOINTS and command.motor == ARM:
+            return f"{command.kind} for all motors: name one motor"
         for partition in addressed:
             if command.kind not in self._kinds[partition]:
                 kinds = ", ".join(sorted(self._kinds[partition]))
                 return f"{self._board.motors[partition].config.name} does not take {command.kind}; it takes {kinds}"
+            if command.kind is Kind.TORQUE and self._board.motors[partition].config.torque_nm is None:
+                return f"{self._board.motors[partition].config.name} has no torque_nm, the limit of its torque; set it"
         return None
 
     def _addressed(self, command: Command) -> list[int]:
@@ -235,6 +237,7 @@ class Commander:
                 command.kind,
                 command.value if command.value is not None else float("nan"),
                 command.velocity_rad_s if command.velocity_rad_s is not None else config.velocity_rad_s,
+                config.position_rad,
             )
             ticket = Ticket(next(self._numbers), partition, order, expires_ns)
             active.tickets[ticket.number] = partition
@@ -352,17 +355,29 @@ def _since_us(at_ns: int) -> int:
 
 
 def _beyond(command: Command, view: MotorView) -> tuple[State, Reason, str] | None:
-    """Whether a position lies outside the motor's limits, or the motor is not ready for one."""
-    if command.kind is not Kind.POSITION or command.value is None:
+    """Whether a setpoint lies outside the motor's limits, or the motor is not ready for one."""
+    if command.kind not in SETPOINTS or command.value is None:
         return None
-    low, high = view.config.position_rad
-    if not low <= command.value <= high:
-        detail = f"position {command.value:g} rad: {view.config.name} may go from {low:g} to {high:g} rad"
-        return State.REJECTED, Reason.OUT_OF_LIMITS, detail
-    speed, limit = command.velocity_rad_s, view.config.velocity_rad_s
-    if speed is not None and not 0 < speed <= limit:
-        detail = f"velocity_rad_s {speed:g} rad/s: must be above 0 and at most {limit:g} rad/s for {view.config.name}"
-        return State.REJECTED, Reason.OUT_OF_LIMITS, detail
+    if beyond := _beyond_limits(command.kind, command.value, command.velocity_rad_s, view):
+        return State.REJECTED, Reason.OUT_OF_LIMITS, beyond
     if not view.status & Status.ENABLED:
         return State.REJECTED, Reason.NOT_ENABLED, f"{view.config.name} has no torque; send enable first"
+    return None
+
+
+def _beyond_limits(kind: Kind, value: float, speed: float | None, view: MotorView) -> str | None:
+    """What is wrong with a setpoint: in rad, rad/s or N m, by kind."""
+    name, (low, high), fastest = view.config.name, view.config.position_rad, view.config.velocity_rad_s
+    if kind is Kind.POSITION:
+        if not low <= value <= high:
+            return f"position {value:g} rad: {name} may go from {low:g} to {high:g} rad"
+        if speed is not None and not 0 < speed <= fastest:
+            return f"velocity_rad_s {speed:g} rad/s: must be above 0 and at most {fastest:g} rad/s for {name}"
+        return None
+    most, unit = (fastest, "rad/s") if kind is Kind.VELOCITY else (view.config.torque_nm or 0.0, "N m")
+    if abs(value) > most:
+        return f"{kind} {value:g} {unit}: at most {most:g} {unit} either way for {name}"
+    at = view.position_rad
+    if (value > 0 and at >= high) or (value < 0 and at <= low):
+        return f"{kind} {value:g} {unit}: {name} stands at {at:.4f} rad and may not go beyond {low:g} to {high:g} rad"
     return None

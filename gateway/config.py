@@ -91,6 +91,12 @@ def _after_late(offline_ms: float, info: ValidationInfo) -> float:
     return offline_ms
 
 
+def _rs485(value: Any) -> Any:
+    if not isinstance(value, bool | dict):
+        raise ValueError("must be true, false or a table")
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
 Name = Annotated[str, Field(pattern=NAME)]
 Variable = Annotated[str, Field(pattern=VARIABLE)]
 Text = Annotated[str, Field(min_length=1)]
@@ -162,6 +168,8 @@ class Arm(Table):
     """A motor that has not replied for this long is late (event motor.late)."""
     offline_after_ms: Annotated[float, AfterValidator(_after_late)] = Field(default=300.0, gt=0, le=600_000)
     """A motor that has not replied for this long is offline (event motor.offline)."""
+    setpoint_timeout_ms: float = Field(default=500.0, gt=0, le=60_000)
+    """A motor that moves on a velocity or torque is stopped when no fresh one came for this long."""
     realtime: bool = True
     """Run the bus workers under SCHED_FIFO where the system allows it."""
 
@@ -229,8 +237,25 @@ class CanBus(Table):
     """Channel of that interface, for example can0; may be left out where motors are simulated."""
     bitrate: int = Field(default=BITS_PER_S, ge=1, le=1_000_000)
     """Bits a second; for socketcan a note only: there "ip link" sets it."""
+    fd: bool = False
+    """Open the channel for CAN FD, where others on the bus use it; the gateway itself sends classic CAN."""
+    data_bitrate: int | None = Field(default=None, ge=1, le=8_000_000)
+    """Bits a second in the data phase of CAN FD; left out: what the interface has for it. Socketcan: as bitrate."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further keywords for the python-can interface, as they are."""
+    """Further keywords for the python-can interface, as they are; one that it does not have is an error."""
+
+
+class Rs485(Table):
+    """How a serial port with an RS-485 mode of its own (kernel: TIOCSRS485) turns the line around."""
+
+    rts_level_for_tx: bool = True
+    """Level of RTS while sending."""
+    rts_level_for_rx: bool = False
+    """Level of RTS otherwise."""
+    delay_before_tx_ms: int = Field(default=0, ge=0, le=100)
+    """Pause between RTS and the first bit, in ms."""
+    delay_before_rx_ms: int = Field(default=0, ge=0, le=100)
+    """Pause between the last bit and RTS, in ms."""
 
 
 class SerialBus(Table):
@@ -246,6 +271,8 @@ class SerialBus(Table):
     """Device, best one under /dev/serial/by-id/; may be left out where motors are simulated."""
     baudrate: int = Field(default=BITS_PER_S, ge=1, le=12_000_000)
     """Bits a second."""
+    rs485: Annotated[Rs485 | None, BeforeValidator(_rs485, json_schema_input_type=bool | Rs485)] = None
+    """true, or a table: the port itself switches an RS-485 line. USB adapters do that alone and need nothing."""
 
 
 Bus = CanBus | SerialBus
@@ -268,6 +295,8 @@ class Motor(Table):
     """[lowest, highest] position that a command may ask for, in rad."""
     velocity_rad_s: float = Field(gt=0)
     """The highest speed that a command may ask for, in rad/s."""
+    torque_nm: float | None = Field(default=None, gt=0)
+    """The highest torque that a command may ask for, in N m; left out: none may."""
     temperature_c: float = Field(gt=0, le=200)
     """Alarm above this, in degrees Celsius (event motor.over_temperature)."""
     position_tolerance_rad: float = Field(default=0.02, gt=0)
@@ -295,8 +324,14 @@ class Simulation(Table):
     """What motors do before the first command: swing slowly, or hold still."""
     enabled: bool = True
     """Motors power up with their torque on."""
+    wire_time: bool = False
+    """Every bit takes its time on the bus, at its bitrate or baudrate."""
+    turnaround_us: float = Field(default=0.0, ge=0, le=10_000)
+    """With wire_time: how long a motor takes to answer, beside the return delay that it is set to."""
     faults: LocalPath | None = None
-    """TOML file of faults to play."""
+    """TOML file of faults to play; it may be written, changed and deleted meanwhile."""
+    seed: int = Field(default=0, ge=0)
+    """Of the faults that strike at random: with the same seed they strike the same way."""
 
 
 class Config(Table):
@@ -380,6 +415,8 @@ def _known(steps: Steps, raw: Raw) -> Mapping[str, str]:
     match steps:
         case ("bus", int(number)):
             return (CanBus if raw["bus"][number].get("type") == "can" else SerialBus).known()
+        case ("bus", int(), "rs485"):
+            return Rs485.known()
         case ("motor", int(number)):
             family = protocols.find(raw["motor"][number].get("protocol"))
             return Motor.known() | (options_model(family.Options).known() if family else {})

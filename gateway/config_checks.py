@@ -104,7 +104,7 @@ def _driven(steps: Steps, table: Raw, family: type[Family[Any, Any]]) -> Motor |
     """The motor as its family knows it; None where what the family needs of it is at fault."""
     names = [field.name for field in fields(family.Options)] if family.Options else []
     own = {name: table[name] for name in names if name in table}
-    if table.get("id") is None or None in own.values():
+    if table.get("id") not in family.bus_ids or None in own.values():
         return None
     try:
         options = family.Options(**own) if family.Options else None
@@ -128,8 +128,10 @@ def _connection(steps: Steps, bus: Raw, *, simulated: bool) -> Iterator[Finding]
     if simulated and interface == "socketcan" and channel is not None and not channel.startswith("vcan"):
         message = 'must be a vcan interface, such as "vcan0": simulated motors must never answer on a real bus'
         yield Finding((*steps, "channel"), message)
+    if bus.get("data_bitrate") and bus.get("fd", False) is False:
+        yield Finding((*steps, "data_bitrate"), "is used with CAN FD only; remove it, or set fd = true")
     for key in bus.get("options") or {}:
-        if key in ("interface", "bustype", "channel", "bitrate"):
+        if key in ("interface", "bustype", "channel", "bitrate", "fd", "data_bitrate"):
             yield Finding((*steps, "options", key), "is a key of the bus itself; set it there")
 
 

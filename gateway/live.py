@@ -72,9 +72,8 @@ def _render(board: Board) -> Group:
 
 def _row(board: Board, view: MotorView) -> list[Text]:
     state, style = ("late", "yellow") if view.late else ("online", "green") if view.online else ("offline", "bold red")
-    faults = view.status.faults() & view.status
-    if faults:
-        state, style = f"{state}, {', '.join(str(flag.name) for flag in faults)}", "bold red"
+    if view.fault:
+        state, style = f"{state}, fault", "bold red"
     stale = "" if view.online else "dim"  # the last that was heard, not the present
     age_ms = board.age_ms(view)
     return [
@@ -96,6 +95,11 @@ def _number(value: float, digits: int) -> str:
 
 def _footer(board: Board) -> list[Text]:
     footer = [
+        Text(f"{view.config.name} fault: {view.fault}", "bold red" if view.online else "dim")
+        for _, view in sorted(board.motors.items())
+        if view.fault
+    ]
+    footer += [
         Text(f"bus {bus.name}: {bus.detail}", "bold red" if bus.worker_starts else "dim")
         for bus in board.buses.values()
         if not bus.up

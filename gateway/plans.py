@@ -3,16 +3,20 @@
 from dataclasses import replace
 from pathlib import Path
 
-from drivers.buses import BusSpec, CanSpec, SerialSpec
+from drivers.buses import BusSpec, CanSpec, Rs485, SerialSpec
 from drivers.clock import MS, SECOND
 from drivers.cycle import Timing
 from drivers.sim.build import SimulationSettings
-from gateway.config import CanBus, Config, SerialBus
+from gateway.config import CanBus, Config, SerialBus, Simulation
 from gateway.simulator import SimulatedBusPlan
 from gateway.worker import Plan
 
 VIRTUAL = "virtual"
 """The one python-can interface whose other end has to live in the worker's process."""
+SHARED = frozenset({"socketcan", "udp_multicast"})
+"""Interfaces of python-can that simulated motors can be on too, from another process; an adapter has no other end."""
+UDP_GROUP = "239.74.163.2"
+"""python-can's own IPv4 group for udp_multicast."""
 
 
 def worker_plans(config: Config, links: Path) -> dict[str, Plan]:
@@ -25,21 +29,25 @@ def _worker_plan(config: Config, bus: CanBus | SerialBus, links: Path) -> Plan:
         period_ns=round(SECOND / bus.rate_hz),
         late_after_ns=round(config.arm.late_after_ms * MS),
         offline_after_ns=round(config.arm.offline_after_ms * MS),
+        setpoint_ns=round(config.arm.setpoint_timeout_ms * MS),
     )
     motors = tuple(motor.driven() for motor in config.motors_on(bus.name))
     hosted = config.simulation is not None and _is_virtual(bus)
-    simulated = _simulated_bus(config, bus, links) if hosted else None
+    simulated = _simulated_bus(config, bus, links, pty=False) if hosted else None
     return Plan(_bus_spec(config, bus, links), motors, timing, config.arm.realtime, simulated)
 
 
 def _bus_spec(config: Config, bus: CanBus | SerialBus, links: Path) -> BusSpec:
     simulated = config.simulation is not None
     if isinstance(bus, SerialBus):
-        return SerialSpec(bus.name, str(links / bus.name) if simulated else bus.port or "", bus.baudrate)
-    if simulated and not _is_virtual(bus):
+        if simulated:
+            return SerialSpec(bus.name, str(links / bus.name), bus.baudrate)
+        rs485 = Rs485(**bus.rs485.model_dump()) if bus.rs485 else None
+        return SerialSpec(bus.name, bus.port or "", bus.baudrate, rs485)
+    if simulated and not _is_virtual(bus) and not _is_shared(bus):
         options = {"sleep_after_open": 0}  # python-can waits two seconds for adapters that reset when opened
         return CanSpec(bus.name, "slcan", str(links / bus.name), bus.bitrate, options)
-    return CanSpec(bus.name, bus.interface, bus.channel or bus.name, bus.bitrate, bus.options)
+    return CanSpec(bus.name, bus.interface, _channel(bus), bus.bitrate, bus.options, bus.fd, bus.data_bitrate)
 
 
 def simulated_buses(
@@ -51,27 +59,55 @@ def simulated_buses(
     ``faults`` takes the place of the file that is configured.
     """
     buses = [bus for bus in config.buses if everything or (config.simulation and not _is_virtual(bus))]
-    built = [_simulated_bus(config, bus, links, pty=True) for bus in buses]
+    built = [_simulated_bus(config, bus, links, pty=everything) for bus in buses]
     return tuple(replace(plan, faults=faults) if faults else plan for plan in built)
 
 
-def _simulated_bus(config: Config, bus: CanBus | SerialBus, links: Path, *, pty: bool = False) -> SimulatedBusPlan:
+def _simulated_bus(config: Config, bus: CanBus | SerialBus, links: Path, *, pty: bool) -> SimulatedBusPlan:
+    """The bus with its motors; behind a pseudo-terminal if ``pty``, or if there is no other way to it."""
+    simulation = config.simulation or Simulation()
     here = config.motors_on(bus.name)
-    settings = SimulationSettings(
-        motion=config.simulation.motion if config.simulation else "wave",
-        enabled=config.simulation.enabled if config.simulation else True,
-        position_rad={motor.partition: motor.position_rad for motor in here},
-        velocity_rad_s={motor.partition: motor.velocity_rad_s for motor in here},
-    )
-    faults = config.simulation.faults if config.simulation else None
-    motors = tuple(motor.driven() for motor in here)
-    elsewhere = tuple(motor.name for motor in config.motors if motor.bus != bus.name)
+    host, where, options = "slcan", str(links / bus.name), {}
     if isinstance(bus, SerialBus):
-        return SimulatedBusPlan("serial", str(links / bus.name), motors, settings, faults, elsewhere)
-    if pty:
-        return SimulatedBusPlan("slcan", str(links / bus.name), motors, settings, faults, elsewhere)
-    return SimulatedBusPlan("virtual", bus.channel or bus.name, motors, settings, faults, elsewhere)
+        host = "serial"
+    elif not pty and _is_virtual(bus):
+        host, where = VIRTUAL, _channel(bus)
+    elif not pty and _is_shared(bus):
+        host, where, options = bus.interface, _channel(bus), bus.options
+    return SimulatedBusPlan(
+        host=host,
+        where=where,
+        motors=tuple(motor.driven() for motor in here),
+        settings=SimulationSettings(
+            motion=simulation.motion,
+            enabled=simulation.enabled,
+            position_rad={motor.partition: motor.position_rad for motor in here},
+            velocity_rad_s={motor.partition: motor.velocity_rad_s for motor in here},
+            bits_per_s=_bits_per_s(bus) if simulation.wire_time else 0,
+            turnaround_ns=round(simulation.turnaround_us * 1000),
+            seed=simulation.seed,
+        ),
+        faults=simulation.faults,
+        elsewhere=(
+            *(other.name for other in config.buses if other is not bus),
+            *(motor.name for motor in config.motors if motor.bus != bus.name),
+        ),
+        name=bus.name,
+        options=options,
+    )
 
 
 def _is_virtual(bus: CanBus | SerialBus) -> bool:
     return isinstance(bus, CanBus) and bus.interface == VIRTUAL
+
+
+def _is_shared(bus: CanBus | SerialBus) -> bool:
+    return isinstance(bus, CanBus) and bus.interface in SHARED
+
+
+def _channel(bus: CanBus) -> str:
+    return bus.channel or (UDP_GROUP if bus.interface == "udp_multicast" else bus.name)
+
+
+def _bits_per_s(bus: CanBus | SerialBus) -> int:
+    return bus.baudrate if isinstance(bus, SerialBus) else bus.bitrate

@@ -18,18 +18,21 @@ from itertools import groupby
 from typing import Any
 
 from drivers import protocols
+from drivers.bus import Bus, Trouble
 from drivers.buses import BusSpec, open_bus
 from drivers.clock import MS, SECOND, MonotonicNs, after, left_s, monotonic_ns
 from drivers.cycle import Cycle, Timing
 from drivers.errors import BusError, BusMisconfigured
 from drivers.motor import Motor
-from drivers.notices import BusDown, BusUp, CycleStats
+from drivers.notices import BusDown, BusTrouble, BusUp, CycleStats
 from gateway.link import WorkerEnd
 from gateway.realtime import set_realtime
 from gateway.simulator import SimulatedBusPlan, build_host
 
 RETRY_FIRST_NS = 100 * MS
 RETRY_MOST_NS = 2 * SECOND
+TELL_FIRST_NS = 1 * SECOND
+TELL_MOST_NS = 60 * SECOND
 REALTIME_PRIORITY = 20
 
 
@@ -46,6 +49,24 @@ class Plan:
 
 class GatewayGone(Exception):
     """The gateway closed the link; there is nothing left to work for."""
+
+
+class Troubles:
+    """What an open bus counts, told at once and then ever less often: an adapter that echoes does so for ever."""
+
+    def __init__(self, bus: Bus[Any]) -> None:
+        self._bus = bus
+        self._told: dict[Trouble, tuple[int, int, int]] = {}  # what: (count, when, how long until the next time)
+
+    def news(self, now: MonotonicNs) -> list[BusTrouble]:
+        """What is to be told now."""
+        news = []
+        for what, count in self._bus.troubles.items():
+            told, when, pause_ns = self._told.get(what, (0, 0, 0))
+            if count > told and now - when >= pause_ns:
+                self._told[what] = (count, now, min(max(2 * pause_ns, TELL_FIRST_NS), TELL_MOST_NS))
+                news.append(BusTrouble(what, count, self._bus.trouble_details[what]))
+        return news
 
 
 class Worker:
@@ -84,11 +105,15 @@ class Worker:
             self._cycle.attach(bus)
             self._down = False
             self._link.send_notice(BusUp())
-            self._run_cycles()
+            troubles = Troubles(bus)
+            try:
+                self._run_cycles(troubles)
+            finally:
+                self._tell(troubles)  # what led to the end
         finally:
             bus.close()
 
-    def _run_cycles(self) -> None:
+    def _run_cycles(self, troubles: Troubles) -> None:
         period_ns = self._plan.timing.period_ns
         start = monotonic_ns()
         stats_at = after(start, SECOND)
@@ -98,6 +123,7 @@ class Worker:
             self._link.send_samples(self._cycle.poll(start))
             self._send_notices()
             self._work_until(after(start, period_ns))
+            self._tell(troubles)
             if start >= stats_at:
                 self._send_stats()
                 stats_at = after(stats_at, SECOND)
@@ -147,6 +173,10 @@ class Worker:
             self._down = True
             self._link.send_notice(BusDown(reason, retriable))
 
+    def _tell(self, troubles: Troubles) -> None:
+        for notice in troubles.news(monotonic_ns()):
+            self._link.send_notice(notice)
+
     def _send_notices(self) -> None:
         for notice in self._cycle.take_notices():
             self._link.send_notice(notice)
@@ -158,6 +188,7 @@ class Worker:
             self._cycles,
             self._skipped,
             self._cycle.strays,
+            self._cycle.garbage,
             late_us[len(late_us) // 2],
             late_us[-1],
             self._cycle.counts(),

@@ -21,7 +21,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from drivers.clock import SECOND, EpochNs, after, epoch_ns, monotonic_ns, sleep_until
-from hil.arm import MOTORS, Arm
+from hil.arm import Arm
 from hil.judge import Sample, Verdict, judge, table
 from hil.kafka import Broker
 
@@ -55,7 +55,7 @@ class Proof:
             wrong.append(f"{self.verdict.total('told_gaps')} records lost, and told")
         if (streams := self.verdict.streams) != 1:
             wrong.append(f"{streams} streams instead of one")
-        wrong += [f"{motor}: no records" for motor in MOTORS if not self.samples.get(motor)]
+        wrong += [f"{motor}: no records" for motor in self.unpublished if not self.samples.get(motor)]
         wrong += [f"{motor}: {count} records not published" for motor, count in self.unpublished.items() if count]
         before = self.rates_hz.get("before", {})
         for phase in ("during", "after"):
@@ -73,7 +73,7 @@ def proof(scenario: str, arm: Arm, phases: dict[str, Phase]) -> Proof:
     samples: dict[str, list[Sample]] = {}
     verdict = asyncio.run(judge(arm.bootstrap, arm.name, lambda s: samples.setdefault(s.motor, []).append(s)))
     rates = {
-        name: {motor: rate_hz(samples.get(motor, []), phase) for motor in MOTORS} for name, phase in phases.items()
+        name: {motor: rate_hz(samples.get(motor, []), phase) for motor in arm.motors} for name, phase in phases.items()
     }
     published = {partition.motor: partition.last_seq for partition in verdict.partitions}
     unpublished = {motor: seq - published.get(motor, 0) for motor, seq in arm.journal_ends().items()}

@@ -10,7 +10,8 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hil.guard import guard
 
 SAMPLE_CONFIG = Path(__file__).parent.parent / "config" / "simulated-arm.toml"
 MARK = "SERVO_GATEWAY_RIG"  # in the environment of every process of an arm, so that none is overlooked
-MOTORS = tuple(f"joint{number}" for number in range(1, 7))
+MOTORS = tuple(f"joint{number}" for number in range(1, 7))  # of the sample
 COMMAND = (sys.executable, "-m", "gateway.cli")
 POLL_S = 0.02
 
@@ -40,8 +41,12 @@ class Arm:
         *,
         encoding: str = "protobuf",
         motion: str = "wave",
+        sample: Path = SAMPLE_CONFIG,
     ) -> None:
-        """``directory`` is the arm's own. Without ``bootstrap`` it has no Kafka. Nothing is started yet."""
+        """``directory`` is the arm's own. Without ``bootstrap`` it has no Kafka. Nothing is started yet.
+
+        ``sample`` is the configuration of a simulated arm, of which it runs a copy.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.directory = directory
@@ -49,7 +54,10 @@ class Arm:
         self.state = directory / "state"
         self.faults = directory / "faults.toml"
         self.config = directory / "arm.toml"
-        self.config.write_text(_config(name, bootstrap, encoding, motion))
+        self.config.write_text(_config(sample, name, bootstrap, encoding, motion))
+        configured = tomllib.loads(self.config.read_text())["motor"]
+        self.motors = {motor["name"]: motor["bus"] for motor in sorted(configured, key=lambda m: m["partition"])}
+        self.families = {motor["name"]: motor["protocol"] for motor in configured}
         self._mark = secrets.token_hex(8)
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
@@ -170,8 +178,12 @@ class Arm:
 
     def silence(self, *motors: str) -> None:
         """Let exactly these simulated motors answer nothing from now on."""
+        self.play(dict.fromkeys(motors, "silent = true"))
+
+    def play(self, faults: Mapping[str, str]) -> None:
+        """From now on exactly these faults: {motor or bus: a line of TOML}."""
         fresh = self.faults.with_suffix(".new")
-        fresh.write_text("".join(f"[{motor}]\nsilent = true\n" for motor in motors))
+        fresh.write_text("".join(f"[{name}]\n{line}\n" for name, line in faults.items()))
         fresh.replace(self.faults)
 
     # -- what it says --------------------------------------------------------------------------------------------
@@ -225,10 +237,10 @@ class Arm:
         return ends
 
 
-def _config(name: str, bootstrap: str | None, encoding: str, motion: str) -> str:
+def _config(sample: Path, name: str, bootstrap: str | None, encoding: str, motion: str) -> str:
     """The sample configuration with a name, a state directory, a faults file and a broker of its own."""
-    text = SAMPLE_CONFIG.read_text()
-    text = _replace(text, 'name = "sim-arm"', f'name = "{name}"\nstate_dir = "state"')
+    text = sample.read_text()
+    text = _replace(text, r'name = "sim-\w+"', f'name = "{name}"\nstate_dir = "state"')
     text = _replace(text, 'motion = "wave"', f'motion = "{motion}"\nfaults = "faults.toml"')
     if bootstrap:
         text += f'\n[kafka]\nbootstrap_servers = ["{bootstrap}"]\nformat = "{encoding}"\n'
@@ -236,9 +248,9 @@ def _config(name: str, bootstrap: str | None, encoding: str, motion: str) -> str
 
 
 def _replace(text: str, line: str, by: str) -> str:
-    changed, count = re.subn(f"^{re.escape(line)}$", lambda _: by, text, flags=re.MULTILINE)
+    changed, count = re.subn(f"^{line}$", lambda _: by, text, flags=re.MULTILINE)
     if count != 1:
-        raise ArmError(f"{SAMPLE_CONFIG.name} has {count} lines {line!r}")
+        raise ArmError(f"the sample configuration has {count} lines {line!r}")
     return changed
 
 

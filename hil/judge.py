@@ -82,6 +82,9 @@ class Sample(NamedTuple):
     sampled_at_ns: int
     position_rad: float
     velocity_rad_s: float
+    temperature_c: float
+    status: int
+    vendor_error: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +202,7 @@ def read_sample(record: ConsumerRecord) -> Sample:
         raise Unreadable(str(error)) from error
     if values["stream"] <= 0 or values["seq"] <= 0:
         raise Unreadable(f"stream {values['stream']}, seq {values['seq']}: both count from 1")
-    numbers = (values[name] for name in ("stream", "seq", "sampled_at_ns", "position_rad", "velocity_rad_s"))
-    return Sample(record.partition, record.offset, motor, *numbers)
+    return Sample(record.partition, record.offset, motor, *(values[name] for name in Sample._fields[3:]))
 
 
 def _from_protobuf(value: bytes) -> dict[str, Any]:

@@ -11,23 +11,39 @@ from drivers.bus import Bus
 
 
 @dataclass(frozen=True, slots=True)
+class Rs485:
+    """How a serial port's driver turns the line around: the level of RTS, and pauses of whole milliseconds."""
+
+    rts_level_for_tx: bool = True
+    rts_level_for_rx: bool = False
+    delay_before_tx_ms: int = 0
+    delay_before_rx_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SerialSpec:
-    """A serial bus: a device file and a bit rate (8N1)."""
+    """A serial bus: a device file and a bit rate (8N1); ``rs485`` where the port itself has to turn the line around."""
 
     name: str
     port: str
     baudrate: int
+    rs485: Rs485 | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CanSpec:
-    """A CAN bus through python-can: interface, channel and whatever else that interface takes."""
+    """A CAN bus through python-can: interface, channel and whatever else that interface takes.
+
+    ``fd``: the channel is opened for CAN FD, with ``data_bitrate`` (None: what the interface has for it).
+    """
 
     name: str
     interface: str
     channel: str
     bitrate: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    fd: bool = False
+    data_bitrate: int | None = None
 
 
 BusSpec = SerialSpec | CanSpec

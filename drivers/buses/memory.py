@@ -1,7 +1,7 @@
 """A bus without a kernel in between: straight to a ``SimulatedBus``, for tests and benchmarks of the cycle."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 
 from drivers.bus import Bus, Received
@@ -9,6 +9,8 @@ from drivers.clock import MonotonicNs, monotonic_ns, sleep_until
 from drivers.errors import BusError
 from drivers.family import W
 from drivers.sim.bus import SimulatedBus
+
+_OVERSLEEP_NS = 100_000  # what a sleep may take too long: the rest of the wait for a reply is spent awake
 
 
 class MemoryBus(Bus[W]):
@@ -24,17 +26,26 @@ class MemoryBus(Bus[W]):
     def send(self, units: Sequence[W], deadline: MonotonicNs) -> None:  # noqa: ARG002  memory takes all at once
         self._check()
         for unit in units:
-            for due, reply in self.simulated.respond(unit, monotonic_ns()):
-                heapq.heappush(self._arriving, (due, next(self._order), reply))
+            self._expect(self.simulated.respond(unit, monotonic_ns()))
 
     def receive(self, deadline: MonotonicNs) -> Received[W] | None:
         self._check()
-        due = self._arriving[0][0] if self._arriving else None
-        if due is None or due > max(deadline, monotonic_ns()):
-            sleep_until(deadline)
-            return None
-        sleep_until(due)
-        return Received(heapq.heappop(self._arriving)[2], monotonic_ns())
+        while True:
+            now = monotonic_ns()
+            wanted = self.simulated.next_ns
+            if wanted is not None and wanted <= now:
+                self._expect(self.simulated.advance(now))
+                wanted = self.simulated.next_ns
+            if self._arriving and self._arriving[0][0] <= now:
+                return Received(heapq.heappop(self._arriving)[2], now)
+            if now >= deadline:
+                return None
+            due = self._arriving[0][0] if self._arriving else deadline
+            sleep_until(min(deadline, due - _OVERSLEEP_NS, deadline if wanted is None else wanted))
+
+    def _expect(self, arriving: Iterable[tuple[MonotonicNs, W]]) -> None:
+        for due, unit in arriving:
+            heapq.heappush(self._arriving, (due, next(self._order), unit))
 
     def unplug(self) -> None:
         """From now on the adapter is gone."""

@@ -21,7 +21,7 @@ damiao-motor damiao_motor/core/motor.py; LeRobot motors/damiao.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import inf, isfinite
 from struct import Struct
@@ -259,6 +259,11 @@ def make_vel(bus_id: int, velocity_rad_s: float) -> CanFrame:
     return CanFrame(Base.VEL + bus_id, _FLOAT.pack(velocity_rad_s) + bytes(4))
 
 
+def make_torque(bus_id: int, torque_nm: float, scale: Scale) -> CanFrame:
+    """Push with a torque alone, in mode MIT: neither stiffness nor damping."""
+    return CanFrame(Base.MIT + bus_id, encode_mit(Mit(0, 0, 0, 0, torque_nm), scale))
+
+
 def make_register(bus_id: int, command: Command, rid: int, value: bytes = bytes(4)) -> CanFrame:
     """Read, write or save a register; a write changes the motor's memory until its power goes, a save its flash."""
     return CanFrame(REQUEST_ID, bytes((bus_id & 0xFF, bus_id >> 8, command, rid)) + value)
@@ -315,12 +320,23 @@ class _Known:
 
 
 class Damiao(Family[CanFrame, CanFrame]):
-    """Damiao motors in mode POS_VEL. ``temperature_c`` is the rotor's, the hotter and slower of the two they tell."""
+    """Damiao motors. ``temperature_c`` is the rotor's, the hotter and slower of the two they tell.
+
+    Positions and holding are mode POS_VEL, velocities VEL, torques MIT without stiffness and damping. What an enabled
+    motor follows from a change of mode until the first setpoint of the new mode is not documented. So that setpoint
+    travels right behind the change, in one exchange (a motor that kept its mode ignores it), and once more when the
+    change was read back. Modes are written to the motor's memory only: nothing is saved, its flash wears.
+
+    The position that it tells wraps at +-PMAX, and to hold one that wrapped would be to turn all the way back: a
+    velocity or torque has to stay within PMAX (``Order.within_rad``).
+    """
 
     name = "damiao"
     medium = "can"
     bus_ids = range(1, 16)
-    kinds = frozenset({Kind.ENABLE, Kind.DISABLE, Kind.POSITION, Kind.STOP, Kind.CLEAR_FAULT})
+    kinds = frozenset(
+        {Kind.ENABLE, Kind.DISABLE, Kind.POSITION, Kind.VELOCITY, Kind.TORQUE, Kind.STOP, Kind.CLEAR_FAULT}
+    )
     Options = Options
     examples = (Options(),)
 
@@ -328,11 +344,17 @@ class Damiao(Family[CanFrame, CanFrame]):
         super().__init__(motors)
         self._known = {bus_id: _Known(master_id_of(motor)) for bus_id, motor in self.motors.items()}
         self._senders = {(known.master_id, bus_id & 0xF): bus_id for bus_id, known in self._known.items()}
+        self._reply_ids = {known.master_id for known in self._known.values()}
 
     @classmethod
     def poll_bits(cls, motors: Sequence[Motor]) -> int:
         """A refresh and a feedback frame for each motor."""
         return 2 * len(motors) * CAN_FRAME_BITS
+
+    @classmethod
+    def explain(cls, vendor_error: int) -> Sequence[str]:
+        """The state in the ERR nibble, which is one fault at a time."""
+        return (_name(vendor_error),) if vendor_error else ()
 
     @classmethod
     def clashes(cls, motors: Sequence[Motor]) -> Iterator[tuple[Motor, str, str]]:
@@ -345,7 +367,12 @@ class Damiao(Family[CanFrame, CanFrame]):
 
     def unpack(self, unit: CanFrame) -> Iterable[CanFrame]:
         """The frame itself, if it can be a motor's reply: standard, eight bytes, not on the id of our own requests."""
-        return (unit,) if len(unit.data) == 8 and not unit.extended and unit.can_id != REQUEST_ID else ()
+        if unit.extended or unit.can_id == REQUEST_ID:
+            return ()
+        if len(unit.data) != 8:
+            self.garbage += unit.can_id in self._reply_ids
+            return ()
+        return (unit,)
 
     def poll(self, bus_ids: Sequence[int]) -> Exchange[CanFrame, CanFrame]:
         """A refresh for each motor; nothing is commanded."""
@@ -361,15 +388,12 @@ class Damiao(Family[CanFrame, CanFrame]):
         return Exchange([make_refresh(bus_id) for bus_id in bus_ids], asked, match)
 
     def identify(self, bus_id: int) -> Procedure[CanFrame, CanFrame, MotorInfo | None]:
-        """Read MST_ID, then as ``connect``, which only reads."""
-        found = (yield _register(bus_id, Command.READ, Rid.MST_ID)).get(bus_id)
+        """As ``connect``, with whatever identifier it replies."""
+        found = yield from self._introduce(bus_id)
         if found is None:
             return None
-        self._known[bus_id].master_id = found[0]
-        info = yield from self.connect(bus_id)
-        if info is not None and found[0] != bus_id + 0x10:
-            info.options["master_id"] = found[0]
-        return info
+        can_id, info = found
+        return info if can_id == bus_id + 0x10 else replace(info, options={"master_id": can_id})
 
     def connect(self, bus_id: int) -> Procedure[CanFrame, CanFrame, MotorInfo | None]:
         """Find the motor and read its scaling, mode and version.
@@ -377,25 +401,34 @@ class Damiao(Family[CanFrame, CanFrame]):
         Raises MotorRefused if its replies come with another identifier than configured, or its scaling is absurd.
         """
         known = self._known[bus_id] = _Known(self._known[bus_id].master_id)
+        found = yield from self._introduce(bus_id)
+        if found is None:
+            return None
+        can_id, info = found
+        if can_id != known.master_id:
+            detail = f"motor {bus_id} replies with identifier {can_id:#x}, expected {known.master_id:#x}"
+            raise MotorRefused("refused", f"{detail}: set master_id = {can_id:#x}, or MST_ID (register 7) of the motor")
+        scale = Scale(*(info.details[rid.name] for rid in SCALING))
+        absurd = [f"{rid.name} is {value}" for rid, value in zip(SCALING, scale, strict=True) if not 0 < value < inf]
+        if absurd:
+            raise MotorRefused("refused", f"motor {bus_id}: {', '.join(absurd)}; each must be finite and above 0")
+        known.scale, known.mode = scale, int(info.details[Rid.CTRL_MODE.name])
+        return info
+
+    def _introduce(self, bus_id: int) -> Procedure[CanFrame, CanFrame, tuple[int, MotorInfo] | None]:
+        """The arbitration id of the motor's replies, and what it says of itself; None if it keeps silent."""
         found = (yield _register(bus_id, Command.READ, Rid.MST_ID)).get(bus_id)
         if found is None:
             return None
         can_id, _ = found
-        if can_id != known.master_id:
-            detail = f"motor {bus_id} replies with identifier {can_id:#x}, expected {known.master_id:#x}"
-            raise MotorRefused("refused", f"{detail}: set master_id = {can_id:#x}, or MST_ID (register 7) of the motor")
         read: dict[Rid, float] = {}
         try:
             for rid in (*SCALING, Rid.CTRL_MODE, Rid.SW_VER):
                 read[rid] = yield from self._read(bus_id, rid)
         except MotorRefused:
             return None
-        absurd = [f"{rid.name} is {read[rid]}" for rid in SCALING if not 0 < read[rid] < inf]
-        if absurd:
-            raise MotorRefused("refused", f"motor {bus_id}: {', '.join(absurd)}; each must be finite and above 0")
-        known.scale, known.mode = Scale(*(read[rid] for rid in SCALING)), int(read[Rid.CTRL_MODE])
         version = read.pop(Rid.SW_VER)
-        return MotorInfo("Damiao", f"{version:.0f}", {rid.name: value for rid, value in read.items()})
+        return can_id, MotorInfo("Damiao", f"{version:.0f}", {rid.name: value for rid, value in read.items()})
 
     def refresh(self, bus_id: int) -> Procedure[CanFrame, CanFrame, None]:
         """Read the mode again: a motor that lost its power has forgotten it. Silence is left to ``poll`` to notice."""
@@ -416,8 +449,8 @@ class Damiao(Family[CanFrame, CanFrame]):
                 yield from self._command(bus_id, make_system(bus_id, System.DISABLE))
                 yield from self._settle(bus_id, lambda state: state != State.ENABLED, "disable (FD)")
                 return "disabled"
-            case Kind.POSITION:
-                return (yield from self._move(bus_id, order, known, known.scale))
+            case Kind.POSITION | Kind.VELOCITY | Kind.TORQUE:
+                return (yield from self._drive(bus_id, known, *_setpoint(bus_id, order, known.scale)))
             case Kind.STOP:
                 return (yield from self._stop(bus_id, known))
             case Kind.CLEAR_FAULT:
@@ -428,54 +461,55 @@ class Damiao(Family[CanFrame, CanFrame]):
                 raise MotorRefused("unsupported", f"{self.name} has no order {order.kind}")
 
     def _enable(self, bus_id: int) -> Procedure[CanFrame, CanFrame, str]:
-        yield from self._set_mode(bus_id)
         present = yield from self._command(bus_id, make_refresh(bus_id))
         if present.state not in NO_FAULT:
             raise MotorRefused("refused", f"the motor reports {_name(present.state)}; clear the fault first")
         # which setpoint an enabled motor starts from is not documented: the one to hold follows with no gap
         hold = make_pos_vel(bus_id, present.position_rad, HOLD_VELOCITY_RAD_S)
+        yield from self._change_mode(bus_id, Mode.POS_VEL, hold)
         yield from self._command(bus_id, make_system(bus_id, System.ENABLE), hold)
         yield from self._settle(bus_id, lambda state: state == State.ENABLED, "enable (FC)")
         return f"enabled, holding {present.position_rad:.4f} rad"
 
-    def _move(self, bus_id: int, order: Order, known: _Known, scale: Scale) -> Procedure[CanFrame, CanFrame, str]:
-        target, velocity = order.value, order.velocity_rad_s
-        if not (isfinite(target) and isfinite(velocity) and velocity >= 0):
-            raise MotorRefused("malformed", f"position {target} rad at {velocity} rad/s")
-        if abs(target) > scale.pmax_rad:
-            raise MotorRefused("out_of_limits", f"{target} rad; the motor's PMAX is {scale.pmax_rad} rad")
+    def _drive(
+        self, bus_id: int, known: _Known, mode: Mode, setpoint: CanFrame, told: str
+    ) -> Procedure[CanFrame, CanFrame, str]:
+        """Send a setpoint of ``mode`` to a motor that is enabled; ``told`` is what it then does."""
         if known.state != State.ENABLED:
-            told = "no feedback yet" if known.state is None else f"the motor reports {_name(known.state)}"
-            raise MotorRefused("not_enabled", told)
-        if known.mode != Mode.POS_VEL:
-            told = f"CTRL_MODE (register 10) is {known.mode}, not {Mode.POS_VEL:d}"
-            raise MotorRefused("not_enabled", f"{told}: enable sets it")
-        feedback = yield from self._command(bus_id, make_pos_vel(bus_id, target, velocity))
+            reported = "no feedback yet" if known.state is None else f"the motor reports {_name(known.state)}"
+            raise MotorRefused("not_enabled", reported)
+        if known.mode != mode:
+            yield from self._change_mode(bus_id, mode, setpoint)
+        feedback = yield from self._command(bus_id, setpoint)
         if feedback.state != State.ENABLED:
-            raise MotorRefused("refused", f"sent {target} rad; the motor reports {_name(feedback.state)}")
-        return f"going to {target:.4f} rad at {velocity:.4f} rad/s"
+            raise MotorRefused("refused", f"sent {setpoint}; the motor reports {_name(feedback.state)}")
+        return told
 
     def _stop(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, str]:
-        present = yield from self._command(bus_id, make_refresh(bus_id))
+        # what turns at a velocity stands still at once, before its mode changes; in other modes the frame is ignored
+        rest = [] if known.mode == Mode.POS_VEL else [make_vel(bus_id, 0.0)]
+        present = yield from self._command(bus_id, make_refresh(bus_id), *rest)
         if present.state != State.ENABLED:
             return f"the motor is {_name(present.state)} already"
-        if known.mode != Mode.POS_VEL:  # whoever runs it in another mode is overruled
-            yield from self._set_mode(bus_id)
-        yield from self._command(bus_id, make_pos_vel(bus_id, present.position_rad, HOLD_VELOCITY_RAD_S))
+        hold = make_pos_vel(bus_id, present.position_rad, HOLD_VELOCITY_RAD_S)
+        if known.mode != Mode.POS_VEL:  # ours, or of whoever else runs it
+            yield from self._change_mode(bus_id, Mode.POS_VEL, hold)
+        yield from self._command(bus_id, hold)
         return f"holding {present.position_rad:.4f} rad"
 
-    def _set_mode(self, bus_id: int) -> Procedure[CanFrame, CanFrame, None]:
-        """Make sure of POS_VEL, in the motor's memory only: nothing is saved, its flash wears."""
-        mode = yield from self._read(bus_id, Rid.CTRL_MODE)
-        if mode != Mode.POS_VEL:
-            written = encode_value(Rid.CTRL_MODE, Mode.POS_VEL)
-            replies = yield _register(bus_id, Command.WRITE, Rid.CTRL_MODE, written)
-            if bus_id not in replies:
-                raise MotorRefused("no_reply", f"no reply to CTRL_MODE (register 10) := {Mode.POS_VEL:d}")
-            mode = yield from self._read(bus_id, Rid.CTRL_MODE)
-        self._known[bus_id].mode = int(mode)
-        if mode != Mode.POS_VEL:
-            raise MotorRefused("refused", f"CTRL_MODE (register 10): sent {Mode.POS_VEL:d}, read {mode:.0f}")
+    def _change_mode(self, bus_id: int, mode: Mode, setpoint: CanFrame) -> Procedure[CanFrame, CanFrame, None]:
+        """Make sure of CTRL_MODE; if it has to be written, ``setpoint`` follows with no gap."""
+        known = self._known[bus_id]
+        found = yield from self._read(bus_id, Rid.CTRL_MODE)
+        if found != mode:
+            known.mode = None  # until it is read back
+            value = encode_value(Rid.CTRL_MODE, mode)
+            if bus_id not in (yield _register(bus_id, Command.WRITE, Rid.CTRL_MODE, value, setpoint)):
+                raise MotorRefused("no_reply", f"no reply to CTRL_MODE (register 10) := {mode:d}")
+            found = yield from self._read(bus_id, Rid.CTRL_MODE)
+        known.mode = int(found)
+        if found != mode:
+            raise MotorRefused("refused", f"CTRL_MODE (register 10): sent {mode:d}, read {found:.0f}")
 
     def _read(self, bus_id: int, rid: Rid) -> Procedure[CanFrame, CanFrame, float]:
         found = (yield _register(bus_id, Command.READ, rid)).get(bus_id)
@@ -514,8 +548,35 @@ class Damiao(Family[CanFrame, CanFrame]):
         return bus_id, raw
 
 
-def _register(bus_id: int, command: Command, rid: Rid, value: bytes = bytes(4)) -> Exchange[CanFrame, CanFrame]:
-    """A register command; the reply is (arbitration id, four bytes of value).
+def _setpoint(bus_id: int, order: Order, scale: Scale) -> tuple[Mode, CanFrame, str]:
+    """The mode that an order needs, its setpoint, and what it does. Raises MotorRefused if it is not within bounds."""
+    value, velocity = order.value, order.velocity_rad_s
+    match order.kind:
+        case Kind.POSITION:
+            if not (isfinite(velocity) and velocity >= 0):
+                raise MotorRefused("malformed", f"position {value} rad at {velocity} rad/s")
+            _check_within(value, "rad", "PMAX", scale.pmax_rad)
+            told = f"going to {value:.4f} rad at {velocity:.4f} rad/s"
+            return Mode.POS_VEL, make_pos_vel(bus_id, value, velocity), told
+        case Kind.VELOCITY:
+            _check_within(value, "rad/s", "VMAX", scale.vmax_rad_s)
+            return Mode.VEL, make_vel(bus_id, value), f"turning at {value:.4f} rad/s"
+        case _:
+            _check_within(value, "N m", "TMAX", scale.tmax_nm)
+            return Mode.MIT, make_torque(bus_id, value, scale), f"pushing with {value:.4f} N m"
+
+
+def _check_within(value: float, unit: str, register: str, most: float) -> None:
+    if not isfinite(value):
+        raise MotorRefused("malformed", f"{value} {unit}")
+    if abs(value) > most:
+        raise MotorRefused("out_of_limits", f"{value} {unit}; the motor's {register} is {most} {unit}")
+
+
+def _register(
+    bus_id: int, command: Command, rid: Rid, value: bytes = bytes(4), *behind: CanFrame
+) -> Exchange[CanFrame, CanFrame]:
+    """A register command, with what must follow it at once; the reply is (arbitration id, four bytes of value).
 
     The reply names motor, command and register: its arbitration id need not be known, and is checked by ``connect``.
     """
@@ -524,7 +585,7 @@ def _register(bus_id: int, command: Command, rid: Rid, value: bytes = bytes(4)) 
     def match(frame: CanFrame) -> Reply | None:
         return (bus_id, (frame.can_id, frame.data[4:])) if frame.data[:4] == request.data[:4] else None
 
-    return Exchange([request], frozenset({bus_id}), match)
+    return Exchange([request, *behind], frozenset({bus_id}), match)
 
 
 def _common_feedback(raw: RawFeedback) -> Feedback:
@@ -539,7 +600,8 @@ def _common_feedback(raw: RawFeedback) -> Feedback:
 
 
 def _name(state: int) -> str:
-    return f"{State(state).name.lower()} ({state:X})" if state in _COMMON else f"an unknown state ({state:X})"
+    name = State(state).name.lower().replace("_", " ") if state in _COMMON else "an unknown state"
+    return f"{name} ({state:X})"
 
 
 # --- the motors' side -------------------------------------------------------------------------------------------------
@@ -582,9 +644,10 @@ class _Motor:
 
     def __init__(self, simulated: SimulatedMotor) -> None:
         self.simulated = simulated
-        self._registers: dict[int, float] = dict(_DEFAULTS)
-        self._registers[Rid.MST_ID] = master_id_of(simulated.motor)
-        self._registers[Rid.ESC_ID] = simulated.motor.bus_id
+        self._saved = dict(_DEFAULTS)  # in flash
+        self._saved[Rid.MST_ID] = master_id_of(simulated.motor)
+        self._saved[Rid.ESC_ID] = simulated.motor.bus_id
+        self._registers = dict(self._saved)
         if simulated.servo.enabled:  # somebody was here before: no longer as it came from the factory
             self._registers[Rid.CTRL_MODE] = Mode.POS_VEL
         self._zero_rad = 0.0  # of the servo, where the motor counts from
@@ -602,6 +665,17 @@ class _Motor:
     def mode(self) -> int:
         return int(self._registers[Rid.CTRL_MODE])
 
+    @property
+    def _told_id(self) -> int:
+        """Its id in what it sends."""
+        return self.bus_id if self.simulated.faults.wrong_id is None else self.simulated.reply_id
+
+    def reboot(self) -> None:
+        """What was saved stays, the zero among it; all else is forgotten, and the torque is off."""
+        self._registers = dict(self._saved)
+        self._fault = None
+        self.simulated.servo.disable()
+
     def feedback(self) -> CanFrame:
         """What it tells after every command."""
         servo, scale = self.simulated.servo, self.scale
@@ -609,9 +683,9 @@ class _Motor:
             self._fault = State.ROTOR_OVER_TEMPERATURE
             servo.disable()
         state = self._fault if self._fault is not None else State.ENABLED if servo.enabled else State.DISABLED
-        turns = (servo.position_rad - self._zero_rad + scale.pmax_rad) % (2 * scale.pmax_rad)  # wraps at +-PMAX
+        turns = (servo.measured_rad - self._zero_rad + scale.pmax_rad) % (2 * scale.pmax_rad)  # wraps at +-PMAX
         raw = RawFeedback(
-            nibble=self.bus_id & 0xF,
+            nibble=self._told_id & 0xF,
             state=state,
             position_rad=turns - scale.pmax_rad,
             velocity_rad_s=servo.velocity_rad_s,
@@ -624,7 +698,9 @@ class _Motor:
     def register(self, command: int, rid: int, value: bytes) -> CanFrame | None:
         """The reply to a register command; None if there is no such register."""
         servo = self.simulated.servo
-        self._registers[Rid.P_M] = self._registers[Rid.XOUT] = servo.position_rad - self._zero_rad
+        self._registers[Rid.P_M] = self._registers[Rid.XOUT] = servo.measured_rad - self._zero_rad
+        if command == Command.SAVE:
+            self._saved = dict(self._registers)  # all of them, whatever RID is named
         if rid not in self._registers:
             return None
         if command == Command.WRITE and rid not in _READ_ONLY:
@@ -632,7 +708,7 @@ class _Motor:
             low, high = _ALLOWED.get(rid, (-3.4e38, 2**32 - 1 if rid in UNSIGNED else 3.4e38))
             if low <= written <= high:
                 self._registers[rid] = written
-        held = bytes((self.bus_id & 0xFF, self.bus_id >> 8, command, rid)) + encode_value(rid, self._registers[rid])
+        held = bytes((self._told_id & 0xFF, self._told_id >> 8, command, rid)) + encode_value(rid, self._registers[rid])
         return self._reply(held)
 
     def obey(self, code: int) -> None:
@@ -644,20 +720,23 @@ class _Motor:
             case System.DISABLE:
                 servo.disable()
             case System.SET_ZERO:
-                self._zero_rad = servo.position_rad
+                self._zero_rad = servo.measured_rad
             case System.CLEAR_ERROR:
                 self._fault = None
-
-    def turn(self, velocity_rad_s: float) -> None:
-        """Turn at a velocity, as far as the mechanics lets it."""
-        servo = self.simulated.servo
-        low, high = servo.limits.position_rad
-        goal = high if velocity_rad_s > 0 else low if velocity_rad_s < 0 else servo.position_rad
-        servo.move_to(goal, velocity_rad_s)
 
     def go(self, position_rad: float, velocity_rad_s: float) -> None:
         """Go to a position."""
         self.simulated.servo.move_to(self._zero_rad + position_rad, velocity_rad_s)
+
+    def balance(self, command: Mit) -> None:
+        """Mode MIT: what kp (position - p) + kd (velocity - v) + torque comes to."""
+        position_rad, velocity_rad_s, kp, kd, torque_nm = command
+        if kp > 0:
+            self.go(position_rad + torque_nm / kp, self.scale.vmax_rad_s)
+        elif kd > 0:
+            self.simulated.servo.turn_at(velocity_rad_s + torque_nm / kd)
+        else:
+            self.simulated.servo.push(torque_nm)
 
     def _reply(self, data: bytes) -> CanFrame:
         return CanFrame(int(self._registers[Rid.MST_ID]), data)
@@ -667,8 +746,8 @@ class SimulatedDamiao(Responder[CanFrame]):
     """Simulated Damiao motors: system frames, registers, and the modes MIT, POS_VEL and VEL.
 
     A command of another mode than CTRL_MODE is neither obeyed nor answered (python-damiao-driver docs, motor control
-    modes: "the motor will not respond"). The physics of MIT is approximated: with kp it goes to the position, with kd
-    alone it turns at the velocity; the torque is not followed.
+    modes: "the motor will not respond"). A motor whose mode changes goes on with what it did. MIT is played as the
+    state that its law settles in: with kp a position, with kd alone a velocity, with neither the torque itself.
     """
 
     def __init__(self, motors: Sequence[SimulatedMotor]) -> None:
@@ -677,8 +756,9 @@ class SimulatedDamiao(Responder[CanFrame]):
 
     def reboot(self, simulated: SimulatedMotor) -> None:
         """Power-up: everything that was not saved is forgotten."""
-        self._motors = [_Motor(simulated) if motor.simulated is simulated else motor for motor in self._motors]
-        simulated.servo.disable()
+        for motor in self._motors:
+            if motor.simulated is simulated:
+                motor.reboot()
 
     def respond(self, unit: CanFrame) -> Iterator[tuple[SimulatedMotor, CanFrame]]:
         """The reply to one frame; none to frames for others."""
@@ -711,11 +791,7 @@ class SimulatedDamiao(Responder[CanFrame]):
             return motor.feedback()
         match base, motor.mode:
             case Base.MIT, Mode.MIT if len(data) == 8:
-                command = decode_mit(data, motor.scale)
-                if command.kp > 0:
-                    motor.go(command.position_rad, motor.scale.vmax_rad_s)
-                elif command.kd > 0:
-                    motor.turn(command.velocity_rad_s)
+                motor.balance(decode_mit(data, motor.scale))
             case Base.POS_VEL, Mode.POS_VEL if len(data) == 8:
                 position_rad, velocity_rad_s = _POS_VEL.unpack(data)
                 if isfinite(position_rad) and isfinite(velocity_rad_s):
@@ -723,7 +799,7 @@ class SimulatedDamiao(Responder[CanFrame]):
             case Base.VEL, Mode.VEL if len(data) >= 4:
                 velocity_rad_s = _FLOAT.unpack(data[:4])[0]
                 if isfinite(velocity_rad_s):
-                    motor.turn(velocity_rad_s)
+                    motor.simulated.servo.turn_at(velocity_rad_s)
             case _:
                 return None
         return motor.feedback()

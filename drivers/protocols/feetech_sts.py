@@ -7,12 +7,16 @@ Two oddities shaped what follows. A reply names neither its request nor the addr
 that is read here has a length of its own, so that a late reply to one cannot pass for a reply to another. And many
 adapters echo what is sent: every request here is addressed to all (sync read, sync write), which no reply ever is.
 
-Units: step, 4096 a turn; the middle of the range, 2048, is 0 rad. Sources: Feetech STS3215 memory table and
-communication protocol manual; LeRobot motors/feetech/tables.py and motors/encoding_utils.py.
+Units: step, 4096 a turn; the middle of the range, 2048, is 0 rad. In position mode a servo takes its homing offset
+(register 31) off the positions that it tells, in other modes it does not (brukg/so_arm_100_hardware pull request 13,
+matthieuvigne/STS_servos issue 9). There it is taken off here: a position means the same in every mode.
+
+Other sources: Feetech STS3215 memory table and communication protocol manual; LeRobot motors/feetech/tables.py and
+motors/encoding_utils.py.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
 from math import isfinite, pi
 from struct import Struct
@@ -32,8 +36,12 @@ RAD_PER_STEP: Final = 2 * pi / STEPS_PER_TURN
 VOLT: Final = 0.1
 AMPERE: Final = 0.0065
 SIGN_BIT: Final = 15  # of position, speed and current
+MOST: Final = (1 << SIGN_BIT) - 1
 LOAD_SIGN_BIT: Final = 10
-MODE_POSITION: Final = 0
+OFFSET_SIGN_BIT: Final = 11
+CREEP_STEP_S: Final = 1
+"""A goal speed that is harmless in both modes; 0 is no limit at all in position mode and a standstill in the other."""
+HOLD_VELOCITY_RAD_S: Final = 1.0  # of the small way back to the point where a servo was told to hold
 MODELS: Final = {777: "STS3215"}
 
 
@@ -99,6 +107,15 @@ class Register(IntEnum):
     PRESENT_CURRENT = 69
 
 
+class Mode(IntEnum):
+    """Values of register 33 (Feetech STS3215 memory table)."""
+
+    POSITION = 0
+    VELOCITY = 1
+    PWM = 2
+    STEP = 3
+
+
 class Fault(IntFlag):
     """Bits of register 65 and of a reply's error byte (Feetech STS3215 memory table, servo status)."""
 
@@ -109,12 +126,12 @@ class Fault(IntFlag):
     OVERLOAD = 1 << 5
 
 
-_COMMON = {
-    Fault.VOLTAGE: Status.FAULT_VOLTAGE,
-    Fault.ENCODER: Status.FAULT_ENCODER,
-    Fault.TEMPERATURE: Status.FAULT_TEMPERATURE,
-    Fault.CURRENT: Status.FAULT_CURRENT,
-    Fault.OVERLOAD: Status.FAULT_OVERLOAD,
+_FAULTS: Final = {
+    Fault.VOLTAGE: (Status.FAULT_VOLTAGE, "voltage"),
+    Fault.ENCODER: (Status.FAULT_ENCODER, "magnetic encoder"),
+    Fault.TEMPERATURE: (Status.FAULT_TEMPERATURE, "temperature"),
+    Fault.CURRENT: (Status.FAULT_CURRENT, "current"),
+    Fault.OVERLOAD: (Status.FAULT_OVERLOAD, "overload"),
 }
 
 # --- packets ----------------------------------------------------------------------------------------------------------
@@ -138,12 +155,13 @@ class Decoder:
     """Finds packets in a stream of bytes of which any may be missing, doubled or wrong. Never raises.
 
     ``longest`` is the number of parameters above which a length is taken for garbage; it bounds the memory, and how
-    many good packets a damaged length can hold up.
+    many good packets a damaged length can hold up. ``skipped`` counts the bytes that were in no packet.
     """
 
     def __init__(self, longest: int = 0xFF - 2) -> None:
         self._longest = longest
         self._rest = b""
+        self.skipped = 0
 
     def feed(self, data: bytes) -> list[Packet]:
         """All packets completed by ``data``, in their order."""
@@ -151,10 +169,11 @@ class Decoder:
         packets: list[Packet] = []
         at = 0
         while True:
-            at = data.find(HEADER, at)
-            if at < 0:  # the last byte may be half a header
-                self._rest = HEADER[:1] if data.endswith(HEADER[:1]) else b""
-                return packets
+            found = data.find(HEADER, at)
+            if found < 0:  # the last byte may be half a header
+                at = max(at, len(data) - data.endswith(HEADER[:1]))
+                break
+            at = found
             head = data[at : at + 4]
             if len(head) > 2 and head[2] == 0xFF:  # not an address: the header starts one byte later
                 at += 1
@@ -164,13 +183,15 @@ class Decoder:
                 continue
             end = at + 4 + head[3] if len(head) == 4 else len(data) + 1
             if end > len(data):
-                self._rest = data[at:]
-                return packets
+                break
             if (sum(data[at + 2 : end]) & 0xFF) != 0xFF:  # everything and the checksum add up to ..FF
                 at += 1
                 continue
             packets.append(Packet(data[at + 2], data[at + 4], data[at + 5 : end - 1]))
             at = end
+        self._rest = data[at:]
+        self.skipped += at - sum(len(packet.params) + 6 for packet in packets)
+        return packets
 
     def reset(self) -> None:
         """Forget half a packet."""
@@ -210,14 +231,14 @@ def encode_position(position_rad: float) -> int:
     return CENTRE_STEP + round(position_rad / RAD_PER_STEP)
 
 
-def decode_position(raw: int) -> float:
-    """Register 42 or 56 -> rad."""
-    return (decode_sign_magnitude(raw, SIGN_BIT) - CENTRE_STEP) * RAD_PER_STEP
+def decode_position(step: int) -> float:
+    """step -> rad."""
+    return (step - CENTRE_STEP) * RAD_PER_STEP
 
 
 def encode_approach_speed(velocity_rad_s: float) -> int:
     """rad/s -> step/s for register 46: never faster than asked, and at least 1, because 0 stands for "no limit"."""
-    return min(max(int(velocity_rad_s / RAD_PER_STEP), 1), (1 << SIGN_BIT) - 1)
+    return min(max(int(velocity_rad_s / RAD_PER_STEP), 1), MOST)
 
 
 # --- the blocks that are read, each with a length of its own ----------------------------------------------------------
@@ -237,44 +258,69 @@ class Block(NamedTuple):
 
 IDENTITY: Final = Block(Register.FIRMWARE_MAJOR_VERSION, Struct("<BBxHBBBBHH"))  # 0..12
 FEEDBACK: Final = Block(Register.PRESENT_POSITION, Struct("<HHHBBxBBxxH"))  # 56..70
-STATE: Final = Block(Register.OPERATING_MODE, Struct("<B6xBxHHH7xB" + FEEDBACK.layout.format[1:]))  # 33..70
+STATE: Final = Block(Register.HOMING_OFFSET, Struct("<HB6xBxHHH7xB" + FEEDBACK.layout.format[1:]))  # 31..70
 _GOAL = Struct("<HHH")  # 42..47: position, time, speed
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Orders and feedback of one servo, read at one time (registers 33..70). Positions in step, speed in step/s."""
+    """Orders and feedback of one servo, read at one time (registers 31..70). Positions in step, speed in step/s."""
 
+    offset: int
     mode: int
     torque_enable: int
     goal: int
     goal_speed: int
+    locked: bool
     present: int
 
     @classmethod
     def decode(cls, params: bytes) -> "State":
         """From the parameters of a reply to a read of ``STATE``."""
-        mode, torque_enable, goal, _time, speed, _lock, present, *_ = STATE.layout.unpack(params)
+        offset, mode, torque_enable, goal, _time, speed, lock, present, *_ = STATE.layout.unpack(params)
         return cls(
-            mode, torque_enable, decode_sign_magnitude(goal, SIGN_BIT), speed, decode_sign_magnitude(present, SIGN_BIT)
+            offset=decode_sign_magnitude(offset, OFFSET_SIGN_BIT),
+            mode=mode,
+            torque_enable=torque_enable,
+            goal=decode_sign_magnitude(goal, SIGN_BIT),
+            goal_speed=decode_sign_magnitude(speed, SIGN_BIT),
+            locked=lock != 0,
+            present=decode_sign_magnitude(present, SIGN_BIT),
         )
 
 
-def decode_feedback(params: bytes, error: int, enabled: bool) -> Feedback:
+@dataclass(slots=True)
+class Known:
+    """What was learned about one servo."""
+
+    limits_step: tuple[int, int] = (0, 0)  # the servo's own; (0, 0) stands for several turns, without limits
+    enabled: bool = False
+    offset_step: int | None = None  # still in the positions that it tells, by its mode; None until that was read
+
+    def place(self, told_step: int) -> int:
+        """The position as the servo tells it in position mode, from what it tells now; both in step."""
+        if not self.offset_step:
+            return told_step
+        low, high = self.limits_step
+        step = told_step - self.offset_step
+        return step % STEPS_PER_TURN if low < high else step
+
+
+def decode_feedback(params: bytes, error: int, known: Known) -> Feedback:
     """From the 15 parameters of a reply to a read of ``FEEDBACK`` and its error byte.
 
     Position rad, velocity rad/s, V, C, A. The load register is a share of the PWM, no torque: torque stays NaN.
     """
     position, speed, _load, voltage, temperature, faults, moving, current = FEEDBACK.layout.unpack(params)
     vendor_error = faults | error
-    status = Status.ENABLED if enabled else Status(0)
+    status = Status.ENABLED if known.enabled else Status(0)
     if moving:
         status |= Status.MOVING
-    for bit, common in _COMMON.items():
+    for bit, (common, _name) in _FAULTS.items():
         if vendor_error & bit:
             status |= common
     return Feedback(
-        position_rad=decode_position(position),
+        position_rad=decode_position(known.place(decode_sign_magnitude(position, SIGN_BIT))),
         velocity_rad_s=decode_sign_magnitude(speed, SIGN_BIT) * RAD_PER_STEP,
         temperature_c=float(temperature),
         voltage_v=voltage * VOLT,
@@ -287,30 +333,35 @@ def decode_feedback(params: bytes, error: int, enabled: bool) -> Feedback:
 # --- the gateway's side -----------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Known:
-    """What was learned about one servo."""
-
-    limits_step: tuple[int, int] = (0, 0)  # the servo's own; (0, 0) stands for several turns, without limits
-    enabled: bool = False
-
-
 class FeetechSts(Family[bytes, Packet]):
-    """STS servos in position mode. ``ENABLED`` is not in the polled block: it is what was last read of register 40.
+    """STS servos. ``ENABLED`` is not in the polled block: it is what was last read of register 40.
 
     Whether a goal that is written while the torque is off switches it on is told differently for different firmware,
     and unverified here. So none is written then, except the present position just before the torque is switched on.
+
+    Velocities are mode 1, set with the EEPROM lock on: it lasts until the servo loses its power, and wears nothing.
+    The torque stays on meanwhile, lest an arm drops; so does the vendor's own library (SMS_STS::WheelMode). What the
+    servo follows right after is not documented, so that its goals are harmless by then: where it is, at a creep.
+
+    There is no order for a torque: the servo can be told a PWM, which is none. Nor is there one to clear a fault: no
+    way to is documented.
     """
 
     name = "feetech_sts"
     medium = "serial"
     bus_ids = range(254)
-    kinds = frozenset({Kind.ENABLE, Kind.DISABLE, Kind.POSITION, Kind.STOP})
+    kinds = frozenset({Kind.ENABLE, Kind.DISABLE, Kind.POSITION, Kind.VELOCITY, Kind.STOP})
 
     def __init__(self, motors: Sequence[Motor]) -> None:
         super().__init__(motors)
-        self._known = {bus_id: _Known() for bus_id in self.motors}
+        self._known = {bus_id: Known() for bus_id in self.motors}
         self._decoder = Decoder(longest=STATE.size)
+
+    @classmethod
+    def explain(cls, vendor_error: int) -> Sequence[str]:
+        """The bits of register 65."""
+        bits = [1 << bit for bit in range(vendor_error.bit_length()) if vendor_error >> bit & 1]
+        return [_FAULTS[Fault(bit)][1] if bit in _FAULTS else f"undocumented status bit {bit:#x}" for bit in bits]
 
     @classmethod
     def poll_bits(cls, motors: Sequence[Motor]) -> int:
@@ -321,7 +372,9 @@ class FeetechSts(Family[bytes, Packet]):
 
     def unpack(self, unit: bytes) -> Iterable[Packet]:
         """Packets completed by ``unit``."""
-        return self._decoder.feed(unit)
+        packets = self._decoder.feed(unit)
+        self.garbage = self._decoder.skipped
+        return packets
 
     def reset(self) -> None:
         """Forget half a packet."""
@@ -334,7 +387,10 @@ class FeetechSts(Family[bytes, Packet]):
         def match(packet: Packet) -> Reply | None:
             if packet.bus_id not in asked or len(packet.params) != FEEDBACK.size:
                 return None
-            return packet.bus_id, decode_feedback(packet.params, packet.code, self._known[packet.bus_id].enabled)
+            known = self._known[packet.bus_id]
+            if known.offset_step is None:
+                return None
+            return packet.bus_id, decode_feedback(packet.params, packet.code, known)
 
         return Exchange([make_sync_read(bus_ids, FEEDBACK.address, FEEDBACK.size)], asked, match)
 
@@ -375,17 +431,17 @@ class FeetechSts(Family[bytes, Packet]):
                 return "torque is off"
             case Kind.POSITION:
                 return (yield from self._move(bus_id, order))
+            case Kind.VELOCITY:
+                return (yield from self._turn(bus_id, order.value))
             case Kind.STOP:
                 return (yield from self._stop(bus_id))
             case _:
                 raise MotorRefused("unsupported", f"{self.name} has no order {order.kind}")
 
     def _enable(self, bus_id: int) -> Procedure[bytes, Packet, str]:
-        state = yield from self._read_state(bus_id)
-        _check_mode(state)
-        yield from self._write_goal(bus_id, state.present)
+        state = yield from self._hold(bus_id, (yield from self._read_state(bus_id)))
         yield from self._write_torque(bus_id, on=True)
-        return f"enabled, holding {decode_position(state.present):.4f} rad"
+        return f"enabled, holding {decode_position(state.goal):.4f} rad"
 
     def _move(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, str]:
         if not (isfinite(order.value) and isfinite(order.velocity_rad_s) and order.velocity_rad_s >= 0):
@@ -393,67 +449,98 @@ class FeetechSts(Family[bytes, Packet]):
         goal, speed = encode_position(order.value), encode_approach_speed(order.velocity_rad_s)
         low, high = self._known[bus_id].limits_step
         if low >= high:  # several turns: whatever the register holds
-            low, high = 1 - (1 << SIGN_BIT), (1 << SIGN_BIT) - 1
+            low, high = -MOST, MOST
         if not low <= goal <= high:
             raise MotorRefused("out_of_limits", f"{order.value} rad is {goal} step; the servo allows {low}..{high}")
-        state = yield from self._read_state(bus_id)
-        _check_mode(state)
-        if state.torque_enable != 1:
-            raise MotorRefused("not_enabled", f"torque enable (register 40) is {state.torque_enable}")
+        yield from self._enabled_in(bus_id, Mode.POSITION)
         yield from self._write_goal(bus_id, goal, speed)
         return f"going to {decode_position(goal):.4f} rad at {speed * RAD_PER_STEP:.4f} rad/s"
+
+    def _turn(self, bus_id: int, velocity_rad_s: float) -> Procedure[bytes, Packet, str]:
+        if not isfinite(velocity_rad_s):
+            raise MotorRefused("malformed", f"{velocity_rad_s} rad/s")
+        speed = int(velocity_rad_s / RAD_PER_STEP)  # never faster than asked
+        if abs(speed) > MOST:
+            raise MotorRefused("out_of_limits", f"{velocity_rad_s} rad/s is {speed} step/s; the servo takes {MOST}")
+        yield from self._enabled_in(bus_id, Mode.VELOCITY)
+        yield from self._write_speed(bus_id, speed)
+        return f"turning at {speed * RAD_PER_STEP:.4f} rad/s"
 
     def _stop(self, bus_id: int) -> Procedure[bytes, Packet, str]:
         state = yield from self._read_state(bus_id)
         if state.torque_enable == 0:
             return "torque is off already"
-        _check_mode(state)
-        yield from self._write_goal(bus_id, state.present)
-        return f"holding {decode_position(state.present):.4f} rad"
+        state = yield from self._hold(bus_id, state)
+        return f"holding {decode_position(state.goal):.4f} rad"
 
-    def _read_state(self, bus_id: int) -> Procedure[bytes, Packet, State]:
-        params = (yield _read(bus_id, STATE)).get(bus_id)
-        if params is None:
-            raise MotorRefused("no_reply", f"no reply to a read of registers 33..70 from servo {bus_id}")
-        state = State.decode(params)
-        self._known[bus_id].enabled = state.torque_enable == 1
+    def _hold(self, bus_id: int, state: State) -> Procedure[bytes, Packet, State]:
+        """Set the goal to where the servo is, in position mode."""
+        state = yield from self._enter(bus_id, state, Mode.POSITION)
+        return (yield from self._write_goal(bus_id, state.present, encode_approach_speed(HOLD_VELOCITY_RAD_S)))
+
+    def _enabled_in(self, bus_id: int, mode: Mode) -> Procedure[bytes, Packet, None]:
+        """Bring a servo whose torque is on into ``mode``."""
+        state = yield from self._read_state(bus_id)
+        if state.torque_enable != 1:
+            raise MotorRefused("not_enabled", f"torque enable (register 40) is {state.torque_enable}")
+        yield from self._enter(bus_id, state, mode)
+
+    def _enter(self, bus_id: int, state: State, mode: Mode) -> Procedure[bytes, Packet, State]:
+        """Change between position and velocity, by way of goals that are harmless in both."""
+        if state.mode == mode:
+            return state
+        if state.mode not in {Mode.POSITION, Mode.VELOCITY}:  # a goal is a step to take there, or a PWM
+            raise MotorRefused("refused", f"operating mode (register 33) is {state.mode}; only 0 and 1 are supported")
+        if not state.locked:
+            yield from self._read_state(bus_id, make_sync_write(Register.LOCK, {bus_id: b"\x01"}))
+        state = yield from self._write_goal(bus_id, state.present, CREEP_STEP_S)
+        if not state.locked:
+            raise MotorRefused("refused", "EEPROM lock (register 55): sent 1, read 0")
+        self._known[bus_id].offset_step = None  # until the mode is read back
+        state = yield from self._read_state(bus_id, make_sync_write(Register.OPERATING_MODE, {bus_id: bytes((mode,))}))
+        if state.mode != mode:
+            raise MotorRefused("refused", f"operating mode (register 33): sent {mode:d}, read {state.mode}")
         return state
 
+    def _read_state(self, bus_id: int, *writes: bytes) -> Procedure[bytes, Packet, State]:
+        """Registers 31..70 after ``writes``, in one exchange: no poll meets a servo whose mode is in doubt."""
+        params = (yield _read(bus_id, STATE, *writes)).get(bus_id)
+        if params is None:
+            raise MotorRefused("no_reply", f"no reply to a read of registers 31..70 from servo {bus_id}")
+        state = State.decode(params)
+        known = self._known[bus_id]
+        known.enabled = state.torque_enable == 1
+        known.offset_step = 0 if state.mode == Mode.POSITION else state.offset
+        return replace(state, present=known.place(state.present))
+
     def _write_torque(self, bus_id: int, on: bool) -> Procedure[bytes, Packet, None]:
-        yield _write(bus_id, Register.TORQUE_ENABLE, bytes((on,)))
-        state = yield from self._read_state(bus_id)
+        state = yield from self._read_state(bus_id, make_sync_write(Register.TORQUE_ENABLE, {bus_id: bytes((on,))}))
         if state.torque_enable != on:
             raise MotorRefused("refused", f"torque enable (register 40): sent {on:d}, read {state.torque_enable}")
 
-    def _write_goal(self, bus_id: int, goal: int, speed: int | None = None) -> Procedure[bytes, Packet, None]:
-        raw = encode_sign_magnitude(goal, SIGN_BIT)
-        data = _GOAL.pack(raw, 0, speed) if speed is not None else raw.to_bytes(2, "little")
-        yield _write(bus_id, Register.GOAL_POSITION, data)
-        state = yield from self._read_state(bus_id)
-        if state.goal != goal or speed not in {None, state.goal_speed}:
-            sent = f"{goal} step" if speed is None else f"{goal} step at {speed} step/s"
-            raise MotorRefused("refused", f"goal: sent {sent}, read {state.goal} step at {state.goal_speed} step/s")
+    def _write_goal(self, bus_id: int, goal: int, speed: int) -> Procedure[bytes, Packet, State]:
+        data = _GOAL.pack(encode_sign_magnitude(goal, SIGN_BIT), 0, speed)
+        state = yield from self._read_state(bus_id, make_sync_write(Register.GOAL_POSITION, {bus_id: data}))
+        if (state.goal, state.goal_speed) != (goal, speed):
+            read = f"{state.goal} step at {state.goal_speed} step/s"
+            raise MotorRefused("refused", f"goal: sent {goal} step at {speed} step/s, read {read}")
+        return state
+
+    def _write_speed(self, bus_id: int, speed: int) -> Procedure[bytes, Packet, None]:
+        data = encode_sign_magnitude(speed, SIGN_BIT).to_bytes(2, "little")
+        state = yield from self._read_state(bus_id, make_sync_write(Register.GOAL_VELOCITY, {bus_id: data}))
+        if state.goal_speed != speed:
+            raise MotorRefused("refused", f"goal speed: sent {speed} step/s, read {state.goal_speed} step/s")
 
 
-def _read(bus_id: int, block: Block) -> Exchange[bytes, Packet]:
-    """Read a block of one servo; the reply is its parameters."""
+def _read(bus_id: int, block: Block, *writes: bytes) -> Exchange[bytes, Packet]:
+    """Read a block of one servo, after sync writes, which none answers; the reply is its parameters."""
 
     def match(packet: Packet) -> Reply | None:
         return (bus_id, packet.params) if packet.bus_id == bus_id and len(packet.params) == block.size else None
 
-    return Exchange([make_sync_read([bus_id], block.address, block.size)], frozenset({bus_id}), match)
-
-
-def _write(bus_id: int, register: Register, data: bytes) -> Exchange[bytes, Packet]:
-    """Write to one servo by sync write, which none answers: nothing to wait for."""
-    return Exchange([make_sync_write(register, {bus_id: data})], frozenset(), lambda _: None)
-
-
-def _check_mode(state: State) -> None:
-    if state.mode != MODE_POSITION:
-        raise MotorRefused(
-            "refused", f"operating mode (register 33) is {state.mode}; only {MODE_POSITION} is supported"
-        )
+    read = make_sync_read([bus_id], block.address, block.size)
+    return Exchange([*writes, read], frozenset({bus_id}), match)
 
 
 # --- the servos' side -------------------------------------------------------------------------------------------------
@@ -486,7 +573,7 @@ _EEPROM: Final = {  # register: (size, default, lowest, highest); defaults resem
     Register.PROTECTION_CURRENT: (2, 500, 0, 511),
     Register.ANGULAR_RESOLUTION: (1, 1, 1, 3),
     Register.HOMING_OFFSET: (2, 0, 0, 0x0FFF),
-    Register.OPERATING_MODE: (1, MODE_POSITION, 0, 3),
+    Register.OPERATING_MODE: (1, Mode.POSITION, 0, 3),
     Register.PROTECTIVE_TORQUE: (1, 20, 0, 100),
     Register.PROTECTION_TIME: (1, 200, 0, 254),
     Register.OVERLOAD_TORQUE: (1, 80, 0, 100),
@@ -500,6 +587,7 @@ _RAM: Final = {
     Register.TORQUE_LIMIT: (2, 1000, 0, 1000),
     Register.LOCK: (1, 1, 0, 1),
 }
+_GOALS: Final = frozenset(range(Register.GOAL_POSITION, Register.TORQUE_LIMIT))
 _WRITABLE: Final = {Register.ID: (1, 1, 0, 253)} | _EEPROM | _RAM
 
 
@@ -518,12 +606,21 @@ class _Servo:
         self._turns = low < 0 or high > STEPS_PER_TURN  # beyond one turn: no limits, as on the real one
         self._set(Register.MIN_POSITION_LIMIT, 2, 0 if self._turns else low)
         self._set(Register.MAX_POSITION_LIMIT, 2, 0 if self._turns else min(high, STEPS_PER_TURN - 1))
-        self._set(Register.GOAL_POSITION, 2, self._position)
-        self._saved = bytes(self._memory[:_EEPROM_END])
+        self._set(Register.GOAL_POSITION, 2, self._told_position)
+        self._saved = self._memory[:_EEPROM_END]
 
     @property
     def bus_id(self) -> int:
         return self._memory[Register.ID]
+
+    @property
+    def told_id(self) -> int:
+        """Its address in what it sends."""
+        return self.bus_id if self.simulated.faults.wrong_id is None else self.simulated.reply_id
+
+    @property
+    def return_delay_ns(self) -> int:
+        return 2000 * self._memory[Register.RETURN_DELAY_TIME]
 
     @property
     def responds_to_all(self) -> bool:
@@ -540,6 +637,11 @@ class _Servo:
             faults |= Fault.TEMPERATURE
         return faults
 
+    def protect(self) -> None:
+        """Switch the torque off if there is a fault that the unloading condition names."""
+        if self.faults & self._memory[Register.UNLOADING_CONDITION]:
+            self.simulated.servo.disable()
+
     def read(self, address: int, size: int) -> bytes | None:
         """Registers as they are now; None beyond the memory."""
         if size == 0 or address + size > _MEMORY_SIZE:
@@ -550,7 +652,7 @@ class _Servo:
         FEEDBACK.layout.pack_into(
             self._memory,
             FEEDBACK.address,
-            self._position,
+            self._told_position,
             _saturate(servo.velocity_rad_s / RAD_PER_STEP, SIGN_BIT),
             _saturate(1000 * servo.torque_nm / peak_nm, LOAD_SIGN_BIT),
             as_byte(servo.voltage_v / VOLT),
@@ -566,26 +668,40 @@ class _Servo:
         if not self._allowed(address, data):
             return False
         self._memory[address : address + len(data)] = data
-        if not self._memory[Register.LOCK]:
-            self._saved = bytes(self._memory[:_EEPROM_END])
         touched = range(address, address + len(data))
+        if not self._memory[Register.LOCK]:
+            for saved in range(address, min(touched.stop, _EEPROM_END)):
+                self._saved[saved] = self._memory[saved]
         if Register.TORQUE_ENABLE in touched:
             self._set_torque(bool(self._memory[Register.TORQUE_ENABLE]))
-        if any(byte in touched for byte in range(Register.GOAL_POSITION, Register.TORQUE_LIMIT)):
-            self._move()
+        if Register.OPERATING_MODE in touched or not _GOALS.isdisjoint(touched):
+            self._follow()
         return True
 
     def restart(self) -> None:
         """What was written with the lock on is forgotten, and the torque is off."""
-        self._memory[:_EEPROM_END] = self._saved
-        self._memory[Register.LOCK] = 1
         self.simulated.servo.disable()
-        self._set(Register.GOAL_POSITION, 2, self._position)
+        self.registered = b""
+        self._memory[:_EEPROM_END] = self._saved
+        for register, (size, default, _low, _high) in _RAM.items():
+            self._set(register, size, default)
+        self._set(Register.TORQUE_LIMIT, 2, self._get(Register.MAX_TORQUE_LIMIT))
+        self._set(Register.GOAL_POSITION, 2, self._told_position)
 
     @property
-    def _position(self) -> int:
-        step = encode_position(self.simulated.servo.position_rad)
-        return _saturate(step if self._turns else min(max(step, 0), STEPS_PER_TURN - 1), SIGN_BIT)
+    def _told_position(self) -> int:
+        """Register 56."""
+        step = encode_position(self.simulated.servo.measured_rad)
+        if self._turns:
+            return _saturate(step - self._offset, SIGN_BIT)
+        return (min(max(step, 0), STEPS_PER_TURN - 1) - self._offset) % STEPS_PER_TURN
+
+    @property
+    def _offset(self) -> int:
+        """What its mode takes off the positions that it tells."""
+        if self._memory[Register.OPERATING_MODE] != Mode.POSITION:
+            return 0
+        return decode_sign_magnitude(self._get(Register.HOMING_OFFSET), OFFSET_SIGN_BIT)
 
     def _set(self, register: Register, size: int, value: int) -> None:
         self._memory[register : register + size] = value.to_bytes(size, "little")
@@ -611,31 +727,42 @@ class _Servo:
     def _set_torque(self, on: bool) -> None:
         servo = self.simulated.servo
         if servo.motion is not None:  # whoever kept it going had its goal about here
-            self._set(Register.GOAL_POSITION, 2, self._position)
+            self._set(Register.GOAL_POSITION, 2, self._told_position)
         if on:
             servo.enable()
-            self._move()  # a goal from before is taken up at once: the reason why a master writes the goal first
+            self._follow()  # a goal from before is taken up at once: the reason why a master writes the goal first
         else:
             servo.disable()
 
-    def _move(self) -> None:
+    def _follow(self) -> None:
+        """Do what the goals ask for in the mode that it is in."""
         servo = self.simulated.servo
-        if not servo.enabled or self._memory[Register.OPERATING_MODE] != MODE_POSITION:
+        if not servo.enabled:
             return
-        goal = decode_sign_magnitude(self._get(Register.GOAL_POSITION), SIGN_BIT)
-        low, high = self._get(Register.MIN_POSITION_LIMIT), self._get(Register.MAX_POSITION_LIMIT)
-        if low < high:
-            goal = min(max(goal, low), high)
         speed = decode_sign_magnitude(self._get(Register.GOAL_VELOCITY), SIGN_BIT)
-        velocity_rad_s = abs(speed) * RAD_PER_STEP if speed else servo.limits.velocity_rad_s
-        servo.move_to((goal - CENTRE_STEP) * RAD_PER_STEP, velocity_rad_s)
+        match self._memory[Register.OPERATING_MODE]:
+            case Mode.POSITION:
+                goal = decode_sign_magnitude(self._get(Register.GOAL_POSITION), SIGN_BIT)
+                low, high = self._get(Register.MIN_POSITION_LIMIT), self._get(Register.MAX_POSITION_LIMIT)
+                if low < high:
+                    goal = (min(max(goal, low), high) + self._offset) % STEPS_PER_TURN
+                else:
+                    goal += self._offset
+                velocity_rad_s = abs(speed) * RAD_PER_STEP if speed else servo.limits.velocity_rad_s
+                servo.move_to(decode_position(goal), velocity_rad_s)
+            case Mode.VELOCITY:
+                servo.turn_at(speed * RAD_PER_STEP)
+            case _:
+                servo.hold()
 
 
 class SimulatedSts(Responder[bytes]):
     """Simulated STS servos: ping, read, write, reg-write and action, sync read and write, restart.
 
-    A goal written with the torque off moves nothing; it is taken up when the torque comes on. Modes other than
-    position can be set and stand still. A broadcast ping is answered by all, one after the other.
+    A goal written with the torque off moves nothing; it is taken up when the torque comes on, or the mode changes.
+    The modes PWM and step can be set and stand still. A fault that the unloading condition (register 19) names takes
+    the torque, which can be switched on again when its cause is gone. A broadcast ping is answered by all, one after
+    the other.
     """
 
     def __init__(self, motors: Sequence[SimulatedMotor]) -> None:
@@ -649,11 +776,17 @@ class SimulatedSts(Responder[bytes]):
             if servo.simulated is simulated:
                 servo.restart()
 
+    def return_delay_ns(self, simulated: SimulatedMotor) -> int:
+        """As register 7 says."""
+        return next(servo.return_delay_ns for servo in self._servos if servo.simulated is simulated)
+
     def respond(self, unit: bytes) -> Iterator[tuple[SimulatedMotor, bytes]]:
         """Replies to the requests completed by ``unit``."""
         for packet in self._decoder.feed(unit):
+            for servo in self._servos:
+                servo.protect()
             for servo, params, error in self._execute(packet):
-                reply = Packet(servo.bus_id, servo.faults | error, params)
+                reply = Packet(servo.told_id, servo.faults | error, params)
                 yield servo.simulated, encode_packet(reply)
 
     def _execute(self, packet: Packet) -> Iterator[tuple[_Servo, bytes, int]]:

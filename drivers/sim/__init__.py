@@ -1,4 +1,4 @@
 """Simulated servo motors that speak the wire protocol, so that any client can talk to them.
 
-Servo (physics) <- Responder (a family's codec, motors' side) <- SimulatedBus (faults) <- host (pty, slcan, virtual CAN)
+Servo (physics) <- Responder (a family's codec, motors' side) <- SimulatedBus (Wire, faults) <- host (pty, python-can)
 """

@@ -27,6 +27,7 @@ class SlcanAdapter:
 
     def __init__(self) -> None:
         self.is_open = False
+        self.bus_off = False  # its CAN controller has switched itself off
         self._listen_only = False
         self._stamps = False
         self._line = bytearray()
@@ -77,7 +78,7 @@ class SlcanAdapter:
             case b"N" if not rest:
                 return b"NSIM1" + CR, None
             case b"F" if not rest and self.is_open:
-                return b"F00" + CR, None
+                return (b"F80" if self.bus_off else b"F00") + CR, None  # bit 7: bus error
         return CR if done else BEL, None
 
     def _transmit(self, command: bytes, rest: bytes) -> tuple[bytes, CanFrame | None]:
@@ -88,6 +89,7 @@ class SlcanAdapter:
         good = (
             self.is_open
             and not self._listen_only
+            and not self.bus_off
             and len(number) == digits
             and b"0" <= length <= b"8"
             and len(data) == expected

@@ -10,12 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
-from hil.bench import cycle, event_cost, gateway_cpu, report
+from hil.bench import cycle, event_cost, gateway_cpu, report, wire
 from hil.kafka import RigError
 
 BENCHMARKS: dict[str, Callable[[Console, float], dict[str, Any]]] = {
     "event-cost": event_cost.run,
     "cycle": cycle.run,
+    "wire": wire.run,
     "gateway-cpu": gateway_cpu.run,
 }
 

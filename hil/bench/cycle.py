@@ -47,6 +47,7 @@ MOTORS = 3
 FIND_S = 5.0
 SETTINGS = SimulationSettings()
 BUSY_SHARE = 0.6
+BITS_PER_S = 1_000_000
 
 Simulated = Callable[[], int]
 """Nanoseconds that simulated motors have taken inside polls so far."""
@@ -110,7 +111,7 @@ def _poll(family: str, opened: Callable[[tuple[Motor, ...]], Any], seconds: floa
     took_us, cpu_us, simulated_us = [], [], []
     with opened(motors) as (bus, simulated):
         cycle.attach(bus)
-        _find(cycle)
+        find(cycle)
         gc.freeze()
         start = monotonic_ns()
         end = after(start, int(seconds * SECOND))
@@ -133,13 +134,14 @@ def _poll(family: str, opened: Callable[[tuple[Motor, ...]], Any], seconds: floa
     }
 
 
-def _find(cycle: Cycle[Any]) -> None:
-    """Until every motor is online."""
+def find(cycle: Cycle[Any]) -> None:
+    """Until every motor is online. Raises RuntimeError if one does not answer."""
     online: set[int] = set()
+    motors = len(cycle.counts())
     until = after(monotonic_ns(), int(FIND_S * SECOND))
-    while len(online) < MOTORS:
+    while len(online) < motors:
         if not left_s(until):
-            raise RuntimeError(f"only {len(online)} of {MOTORS} simulated motors answered within {FIND_S:g} s")
+            raise RuntimeError(f"only {len(online)} of {motors} simulated motors answered within {FIND_S:g} s")
         cycle.work(after(monotonic_ns(), 10 * MS))
         online |= {notice.motor for notice in cycle.take_notices() if isinstance(notice, MotorOnline)}
 
@@ -155,7 +157,7 @@ def _memory(motors: tuple[Motor, ...]) -> Iterator[tuple[Bus[Any], Simulated]]:
 
 @contextlib.contextmanager
 def _terminal(motors: tuple[Motor, ...]) -> Iterator[tuple[Bus[Any], Simulated]]:
-    with _simulator(motors) as spec:
+    with simulator(motors) as spec:
         bus = open_bus(spec)
         yield bus, lambda: 0
         bus.close()
@@ -179,17 +181,19 @@ _BUSES: dict[str, tuple[str, Callable[[tuple[Motor, ...]], Any]]] = {
 
 
 @contextlib.contextmanager
-def _simulator(motors: tuple[Motor, ...]) -> Iterator[BusSpec]:
-    """STS servos in the gateway's own simulator process."""
+def simulator(motors: tuple[Motor, ...], settings: SimulationSettings = SETTINGS) -> Iterator[BusSpec]:
+    """Motors of one family in the gateway's own simulator process, behind a pseudo-terminal."""
     with tempfile.TemporaryDirectory(prefix="servo-gateway-bench-") as directory:
-        where = Path(directory, "serial0")
-        plan = SimulatedBusPlan("serial", str(where), motors, SETTINGS, None, ())
+        where = Path(directory, "bus0")
+        serial = load_family(motors[0].family).medium == "serial"
+        plan = SimulatedBusPlan("serial" if serial else "slcan", str(where), motors, settings, None, (), "bus0")
         ours, process = _child("gateway.simulator", SimulatorPlan((plan,), realtime=True))
         try:
             until = after(monotonic_ns(), int(FIND_S * SECOND))
             while not where.exists() and left_s(until):
                 sleep_until(after(monotonic_ns(), 10 * MS))
-            yield SerialSpec("serial0", str(where), 1_000_000)
+            slcan = CanSpec("bus0", "slcan", str(where), BITS_PER_S, {"sleep_after_open": 0})
+            yield SerialSpec("bus0", str(where), BITS_PER_S) if serial else slcan
         finally:
             ours.close()
             process.wait()
@@ -210,7 +214,7 @@ def _child(module: str, plan: object) -> tuple[socket.socket, subprocess.Popen[b
 def _lateness(rate_hz: int, seconds: float, *, realtime: bool) -> dict[str, float]:
     motors = make_motors("feetech_sts", MOTORS)
     told: list[CycleStats] = []
-    with _simulator(motors) as spec:
+    with simulator(motors) as spec:
         ours, process = _child("gateway.worker", Plan(spec, motors, Timing(SECOND // rate_hz), realtime))
         end = link.GatewayEnd(ours)
         until = after(monotonic_ns(), int((seconds + 2) * SECOND))

@@ -1,14 +1,20 @@
-"""What every bus does, whatever carries it: memory, a pseudo-terminal, python-can's virtual bus, slcan."""
+"""What every bus does, whatever carries it: memory, a pseudo-terminal, python-can's virtual bus, slcan.
 
-from collections.abc import Callable, Iterator
+SERVO_GATEWAY_TEST_CAN=INTERFACE:CHANNEL, such as socketcan:vcan0, adds another interface of python-can's that two
+programs can be on. Nothing else may be on that channel.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import can
 import pytest
 
-from drivers.bus import Bus
+from drivers.bus import Bus, Trouble
 from drivers.buses import CanSpec, SerialSpec, open_bus
 from drivers.buses.memory import MemoryBus
 from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
@@ -17,9 +23,15 @@ from drivers.family import CanFrame
 from drivers.protocols import damiao, feetech_sts
 from drivers.sim.build import build_bus
 from drivers.sim.bus import SimulatedBus
-from drivers.sim.hosts import PtySerialHost, SlcanHost, VirtualCanHost
+from drivers.sim.hosts import CanHost, PtySerialHost, SlcanHost
 from tests.gateway_parts import wait_for
 from tests.memory_loop import STILL, make_motor
+
+KINDS = ["memory", "serial", "serial, echoing", "can, virtual", "can on slcan"]
+CAN = ["can, virtual"]
+if given := os.environ.get("SERVO_GATEWAY_TEST_CAN"):
+    KINDS.append(f"can, {given}")
+    CAN.append(f"can, {given}")
 
 _numbers = count()
 LONG_NS = 60 * SECOND  # for what comes sooner
@@ -34,6 +46,7 @@ class Rig:
     asks: tuple[Any, Any]
     answers: tuple[Any, Any]
     vanish: Callable[[], None] | None  # take the adapter away
+    troubles: frozenset[Trouble] = frozenset()  # those that this bus has when all is well
 
     def read(self, units: int) -> list[Any]:
         """So many replies, however they were cut into pieces."""
@@ -44,6 +57,15 @@ class Rig:
             assert received is not None, pieces
             pieces.append(received.unit)
         return pieces
+
+
+class EchoingHost(PtySerialHost):
+    """A half-duplex adapter that hears itself."""
+
+    def _receive(self, timeout_s: float) -> Iterable[bytes]:
+        for data in super()._receive(timeout_s):
+            self._pty.write(data)
+            yield data
 
 
 def size_of(unit: Any) -> int:
@@ -74,22 +96,23 @@ def make_rig(kind: str, stack: ExitStack) -> Rig:
     if kind == "memory":
         bus = memory = MemoryBus(simulated)
         vanish = memory.unplug
-    elif kind == "serial":
-        host = stack.enter_context(PtySerialHost(simulated))
+    elif kind.startswith("serial"):
+        host = stack.enter_context((EchoingHost if "echoing" in kind else PtySerialHost)(simulated))
         bus, vanish = open_bus(SerialSpec("bus", host.port, 1_000_000)), host.stop
     elif kind == "can on slcan":
         adapter = stack.enter_context(SlcanHost(simulated))
         bus = open_bus(CanSpec("bus", "slcan", adapter.port, 1_000_000, {"sleep_after_open": 0}))
         vanish = adapter.stop
     else:
-        channel = f"conformance{next(_numbers)}"
-        stack.enter_context(VirtualCanHost(simulated, channel))
-        bus = open_bus(CanSpec("bus", "virtual", channel, 1_000_000))
+        interface, _, channel = kind.removeprefix("can, ").partition(":")
+        channel = channel or f"conformance{next(_numbers)}"
+        stack.enter_context(CanHost(simulated, channel, interface=interface))
+        bus = open_bus(CanSpec("bus", interface, channel, 1_000_000))
     stack.callback(bus.close)
-    return Rig(bus, simulated, asks, answers, vanish)
+    return Rig(bus, simulated, asks, answers, vanish, frozenset({Trouble.ECHO} if "echoing" in kind else {}))
 
 
-@pytest.fixture(params=["memory", "serial", "can, virtual", "can on slcan"])
+@pytest.fixture(params=KINDS)
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     with ExitStack() as stack:
         yield make_rig(request.param, stack)
@@ -152,6 +175,13 @@ def test_late_reply_is_there_to_be_drained(rig: Rig) -> None:
     wait_for(lambda: rig.bus.receive(MonotonicNs(0)) is not None)
 
 
+def test_undisturbed_bus_has_no_troubles(rig: Rig) -> None:
+    for _ in range(10):
+        rig.bus.send(rig.asks, soon())
+        rig.read(2)
+    assert rig.bus.troubles.keys() == rig.bus.trouble_details.keys() == rig.troubles
+
+
 def test_closed_bus_is_a_bus_error_from_every_call_and_may_be_closed_again(rig: Rig) -> None:
     rig.bus.close()
     for _ in range(2):
@@ -196,16 +226,46 @@ def test_adapter_that_is_not_there_is_a_bus_error_naming_it(spec: Any) -> None:
         open_bus(spec)
 
 
-def test_frames_may_be_of_either_format_and_any_length() -> None:
+@pytest.mark.parametrize("kind", CAN)
+def test_frames_may_be_of_either_format_and_any_length(kind: str) -> None:
     with ExitStack() as stack:
-        rig = make_rig("can, virtual", stack)
-        channel = str(vars(rig.bus)["_name"]).split()[-1].rstrip(")")
-        other = open_bus(CanSpec("other", "virtual", channel, 1_000_000))
+        rig = make_rig(kind, stack)
+        other = open_bus(vars(rig.bus)["_spec"])
         stack.callback(other.close)
         frames = [CanFrame(0x7F0 + size, bytes(range(size))) for size in range(9)]
         frames += [CanFrame(0x1FFFFFF0 + size, bytes(size), extended=True) for size in range(9)]
         rig.bus.send(frames, soon())
         assert [received.unit for _ in frames if (received := other.receive(soon()))] == frames
+
+
+@pytest.mark.parametrize("kind", CAN)
+def test_what_the_controller_reports_is_counted_and_the_frames_around_it_pass(kind: str) -> None:
+    with ExitStack() as stack:
+        rig = make_rig(kind, stack)
+        spec = vars(rig.bus)["_spec"]
+        controller = stack.enter_context(can.Bus(interface=spec.interface, channel=spec.channel))
+        overflow = bytes([0, 1, 0, 0, 0, 0, 0, 0])
+        controller.send(can.Message(arbitration_id=4, data=overflow, is_error_frame=True, is_extended_id=False))
+        rig.bus.send([rig.asks[0]], soon())
+        assert rig.read(1) == [rig.answers[0]]
+        assert rig.bus.troubles == {Trouble.ERROR_FRAME: 1}
+        assert rig.bus.trouble_details == {Trouble.ERROR_FRAME: "controller: receive overflow"}
+
+
+@pytest.mark.parametrize("kind", CAN)
+def test_bus_off_is_a_bus_error_and_the_bus_can_be_opened_again(kind: str) -> None:
+    with ExitStack() as stack:
+        rig = make_rig(kind, stack)
+        spec = vars(rig.bus)["_spec"]
+        controller = stack.enter_context(can.Bus(interface=spec.interface, channel=spec.channel))
+        controller.send(can.Message(arbitration_id=0x40, data=bytes(8), is_error_frame=True, is_extended_id=False))
+        with pytest.raises(BusError, match="bus-off"):
+            rig.bus.receive(soon())
+        rig.bus.close()
+        rig.bus = open_bus(spec)
+        stack.callback(rig.bus.close)
+        rig.bus.send([rig.asks[0]], soon())
+        assert rig.read(1) == [rig.answers[0]]
 
 
 @pytest.mark.parametrize(

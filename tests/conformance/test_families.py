@@ -22,7 +22,6 @@ NAMES = [
     for name in protocols.family_names()
     for number in range(len(protocols.load(name).examples))
 ]
-pytestmark = pytest.mark.parametrize("name", NAMES)
 
 NEAR_RAD = 0.01  # coarser than any family's resolution
 
@@ -47,11 +46,21 @@ def make_loop(name: str, settings: SimulationSettings | None = None, connected: 
     return loop, bus_ids
 
 
-def needs(name: str, *kinds: Kind) -> None:
-    if missing := set(kinds) - load(name).kinds_of(make(name, load(name).bus_ids[0])):
-        pytest.skip(f"{name} has no order {', '.join(missing)}")
+def taking(*kinds: Kind) -> pytest.MarkDecorator:
+    """The families, with the options, whose motors take orders of these kinds; without any, all of them."""
+    return pytest.mark.parametrize("name", [name for name in NAMES if {*kinds} <= kinds_of(name)])
 
 
+def kinds_of(name: str) -> frozenset[Kind]:
+    return load(name).kinds_of(make(name, load(name).bus_ids[0]))
+
+
+driven = pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in NAMES for kind in sorted(DRIVES & kinds_of(name))]
+)
+
+
+@taking()
 def test_family_says_what_it_is(name: str) -> None:
     family = load(name)
     assert family.name == name.partition("#")[0]
@@ -61,6 +70,7 @@ def test_family_says_what_it_is(name: str) -> None:
     assert {Kind.ENABLE, Kind.DISABLE, Kind.STOP} <= family.kinds
 
 
+@taking()
 def test_motor_that_is_there_is_connected(name: str) -> None:
     loop, (first, *_) = make_loop(name, connected=False)
     info = loop.connect(first)
@@ -69,6 +79,7 @@ def test_motor_that_is_there_is_connected(name: str) -> None:
     assert all(isfinite(value) for value in info.details.values())
 
 
+@taking()
 def test_motor_that_is_not_there_is_not_connected(name: str) -> None:
     first, second = load(name).bus_ids[:2]
     loop = Loop([make(name, first), make(name, second, 1)], absent=[second])
@@ -76,6 +87,7 @@ def test_motor_that_is_not_there_is_not_connected(name: str) -> None:
     assert loop.connect(first) is not None
 
 
+@taking()
 def test_poll_brings_what_the_physics_holds(name: str) -> None:
     loop, bus_ids = make_loop(name, SimulationSettings(motion="wave", enabled=True))
     loop.wait(0.7)
@@ -90,6 +102,7 @@ def test_poll_brings_what_the_physics_holds(name: str) -> None:
         assert not told.status & Status.faults()
 
 
+@taking()
 def test_poll_takes_the_bits_on_the_wire_that_it_is_said_to_take(name: str) -> None:
     loop, bus_ids = make_loop(name)
     requests = loop.family.poll(bus_ids).requests
@@ -98,17 +111,20 @@ def test_poll_takes_the_bits_on_the_wire_that_it_is_said_to_take(name: str) -> N
     assert loop.family.poll_bits(list(loop.family.motors.values())) == bits
 
 
+@taking()
 def test_silent_motor_is_the_only_one_missing(name: str) -> None:
     loop, bus_ids = make_loop(name)
     loop.simulated(bus_ids[1]).faults.silent = True
     assert sorted(loop.poll(*bus_ids)) == [bus_ids[0], bus_ids[2]]
 
 
+@taking()
 def test_poll_asks_only_whom_it_was_told_to(name: str) -> None:
     loop, bus_ids = make_loop(name)
     assert list(loop.poll(bus_ids[2])) == [bus_ids[2]]
 
 
+@taking()
 def test_own_requests_are_no_replies(name: str) -> None:
     loop, bus_ids = make_loop(name)
     exchange = loop.family.poll(bus_ids)
@@ -119,6 +135,7 @@ def test_own_requests_are_no_replies(name: str) -> None:
 
 
 @given(units=st.lists(st.tuples(st.integers(0, 0x7FF), st.binary(max_size=64))))
+@taking()
 def test_noise_never_raises_on_either_side(name: str, units: list[tuple[int, bytes]]) -> None:
     loop, bus_ids = make_loop(name, connected=False)
     exchange = loop.family.poll(bus_ids)
@@ -130,6 +147,7 @@ def test_noise_never_raises_on_either_side(name: str, units: list[tuple[int, byt
     loop.family.reset()
 
 
+@taking()
 def test_enabled_motor_holds_where_it_is(name: str) -> None:
     loop, (first, *_) = make_loop(name)
     loop.servo(first).position_rad = 0.4
@@ -141,8 +159,8 @@ def test_enabled_motor_holds_where_it_is(name: str) -> None:
     assert told.position_rad == pytest.approx(0.4, abs=NEAR_RAD)
 
 
+@taking(Kind.POSITION)
 def test_position_is_reached_at_the_speed_that_was_asked_for(name: str) -> None:
-    needs(name, Kind.POSITION)
     loop, (first, second, _) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
     loop.order(first, Order(Kind.POSITION, 1.0, velocity_rad_s=0.5))
@@ -155,8 +173,8 @@ def test_position_is_reached_at_the_speed_that_was_asked_for(name: str) -> None:
     assert arrived[second].position_rad == pytest.approx(0.0, abs=NEAR_RAD)
 
 
+@taking(Kind.POSITION)
 def test_position_without_torque_is_refused_and_moves_nothing(name: str) -> None:
-    needs(name, Kind.POSITION)
     loop, (first, *_) = make_loop(name)
     loop.poll(first)
     assert loop.refusal(first, Order(Kind.POSITION, 1.0, velocity_rad_s=1.0)).reason == "not_enabled"
@@ -169,8 +187,8 @@ def test_position_without_torque_is_refused_and_moves_nothing(name: str) -> None
     ("value", "velocity_rad_s"),
     [(nan, 1.0), (inf, 1.0), (0.5, nan), (0.5, -1.0), (1e6, 1.0)],
 )
+@taking(Kind.POSITION)
 def test_position_that_makes_no_sense_moves_nothing(name: str, value: float, velocity_rad_s: float) -> None:
-    needs(name, Kind.POSITION)
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
     refusal = loop.refusal(first, Order(Kind.POSITION, value, velocity_rad_s))
@@ -180,8 +198,8 @@ def test_position_that_makes_no_sense_moves_nothing(name: str, value: float, vel
     assert loop.servo(first).position_rad == pytest.approx(0, abs=NEAR_RAD)
 
 
+@taking(Kind.POSITION)
 def test_stopped_motor_stays_where_it_was_told(name: str) -> None:
-    needs(name, Kind.POSITION)
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
     loop.order(first, Order(Kind.POSITION, 2.0, velocity_rad_s=1.0))
@@ -196,12 +214,14 @@ def test_stopped_motor_stays_where_it_was_told(name: str) -> None:
     assert told.status & Status.ENABLED
 
 
+@taking()
 def test_stop_of_a_motor_without_torque_succeeds_and_switches_nothing_on(name: str) -> None:
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.STOP))
     assert not loop.servo(first).enabled
 
 
+@taking()
 def test_disabled_motor_says_so(name: str) -> None:
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
@@ -210,6 +230,7 @@ def test_disabled_motor_says_so(name: str) -> None:
     assert not loop.poll(first)[first].status & Status.ENABLED
 
 
+@taking()
 def test_order_of_a_kind_that_the_family_lacks_is_refused_and_sends_nothing(name: str) -> None:
     loop, (first, *_) = make_loop(name)
     loop.sent.clear()
@@ -218,6 +239,7 @@ def test_order_of_a_kind_that_the_family_lacks_is_refused_and_sends_nothing(name
     assert loop.sent == []
 
 
+@taking()
 def test_order_to_a_motor_that_keeps_silent_is_refused(name: str) -> None:
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
@@ -226,6 +248,7 @@ def test_order_to_a_motor_that_keeps_silent_is_refused(name: str) -> None:
         assert loop.refusal(first, Order(kind, 0.1, 0.1)).reason == "no_reply"
 
 
+@taking()
 def test_refresh_ends_whether_or_not_the_motor_answers(name: str) -> None:
     loop, (first, *_) = make_loop(name)
     for silent in (False, True):
@@ -238,8 +261,8 @@ def test_refresh_ends_whether_or_not_the_motor_answers(name: str) -> None:
 
 
 @pytest.mark.parametrize("velocity_rad_s", [0.5, -0.5])
+@taking(Kind.VELOCITY)
 def test_velocity_is_kept_until_stop(name: str, velocity_rad_s: float) -> None:
-    needs(name, Kind.VELOCITY)
     loop, (first, second, _) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
     loop.order(first, Order(Kind.VELOCITY, velocity_rad_s))
@@ -256,8 +279,8 @@ def test_velocity_is_kept_until_stop(name: str, velocity_rad_s: float) -> None:
     assert loop.poll(first)[first].status & Status.ENABLED
 
 
+@taking(Kind.VELOCITY, Kind.POSITION)
 def test_position_after_velocity_is_reached(name: str) -> None:
-    needs(name, Kind.VELOCITY, Kind.POSITION)
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
     loop.order(first, Order(Kind.VELOCITY, 0.5))
@@ -268,8 +291,8 @@ def test_position_after_velocity_is_reached(name: str) -> None:
 
 
 @pytest.mark.parametrize("torque_nm", [0.5, -0.5])
+@taking(Kind.TORQUE)
 def test_torque_pushes_its_way(name: str, torque_nm: float) -> None:
-    needs(name, Kind.TORQUE)
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
     loop.order(first, Order(Kind.TORQUE, torque_nm))
@@ -280,9 +303,8 @@ def test_torque_pushes_its_way(name: str, torque_nm: float) -> None:
     assert loop.poll(first)[first].velocity_rad_s == pytest.approx(0, abs=0.05)
 
 
-@pytest.mark.parametrize("kind", sorted(DRIVES))
+@driven
 def test_drive_without_torque_is_refused_and_moves_nothing(name: str, kind: Kind) -> None:
-    needs(name, kind)
     loop, (first, *_) = make_loop(name)
     loop.poll(first)
     assert loop.refusal(first, Order(kind, 0.5)).reason == "not_enabled"
@@ -290,10 +312,9 @@ def test_drive_without_torque_is_refused_and_moves_nothing(name: str, kind: Kind
     assert loop.servo(first).position_rad == pytest.approx(0, abs=NEAR_RAD)
 
 
-@pytest.mark.parametrize("kind", sorted(DRIVES))
+@driven
 @pytest.mark.parametrize("value", [nan, inf, -inf, 1e9])
 def test_drive_that_makes_no_sense_moves_nothing(name: str, kind: Kind, value: float) -> None:
-    needs(name, kind)
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
     refusal = loop.refusal(first, Order(kind, value))
@@ -306,6 +327,7 @@ def test_drive_that_makes_no_sense_moves_nothing(name: str, kind: Kind, value: f
 # --- identity, faults -------------------------------------------------------------------------------------------------
 
 
+@taking()
 def test_identify_tells_who_answers_and_touches_nothing(name: str) -> None:
     loop, (first, second, _) = make_loop(name, SimulationSettings(motion="still", enabled=True), connected=False)
     info = loop.run(loop.family.identify(first))
@@ -319,6 +341,7 @@ def test_identify_tells_who_answers_and_touches_nothing(name: str) -> None:
     assert loop.servo(first).position_rad == pytest.approx(0, abs=NEAR_RAD)
 
 
+@taking()
 def test_explains_every_error_in_words(name: str) -> None:
     family = load(name)
     assert list(family.explain(0)) == []
@@ -335,6 +358,7 @@ def poll_after_refresh(loop: Loop, bus_id: int) -> Feedback:
     return loop.poll(bus_id)[bus_id]
 
 
+@taking()
 def test_overheated_motor_says_so_in_its_own_word_and_in_the_common_one(name: str) -> None:
     loop, (first, second, _) = make_loop(name)
     loop.servo(first).temperature_c = 150.0
@@ -346,8 +370,8 @@ def test_overheated_motor_says_so_in_its_own_word_and_in_the_common_one(name: st
     assert not poll_after_refresh(loop, second).status & Status.faults()
 
 
+@taking(Kind.CLEAR_FAULT)
 def test_cleared_fault_is_gone_if_its_cause_is(name: str) -> None:
-    needs(name, Kind.CLEAR_FAULT)
     loop, (first, *_) = make_loop(name)
     loop.servo(first).temperature_c = 150.0
     assert poll_after_refresh(loop, first).status & Status.faults()
@@ -361,6 +385,7 @@ def test_cleared_fault_is_gone_if_its_cause_is(name: str) -> None:
     assert told.vendor_error == 0
 
 
+@taking()
 def test_rebooted_motor_has_no_torque_and_can_be_enabled_again(name: str) -> None:
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
@@ -373,6 +398,7 @@ def test_rebooted_motor_has_no_torque_and_can_be_enabled_again(name: str) -> Non
     assert loop.poll(first)[first].status & Status.ENABLED
 
 
+@taking()
 def test_stuck_encoder_tells_the_same_position(name: str) -> None:
     loop, (first, *_) = make_loop(name)
     loop.order(first, Order(Kind.ENABLE))
@@ -381,6 +407,7 @@ def test_stuck_encoder_tells_the_same_position(name: str) -> None:
     assert loop.poll(first)[first].position_rad == pytest.approx(0.25, abs=NEAR_RAD)
 
 
+@taking()
 def test_reply_under_a_wrong_address_is_nobodys_sample(name: str) -> None:
     loop, (first, second, third) = make_loop(name)
     loop.simulated(second).faults.wrong_id = load(name).bus_ids[4]
@@ -404,10 +431,9 @@ def read(loop: Loop, bus_ids: Sequence[int], stream: Sequence[bytes]) -> dict[in
 
 
 @given(data=st.data())
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).medium == "serial"])
 def test_damaged_stream_invents_nothing_and_the_next_replies_are_read(name: str, data: st.DataObject) -> None:
     """Serial: any bit wrong, any byte missing or too many, cut into any chunks. (CAN has its CRC in the hardware.)"""
-    if load(name).medium != "serial":
-        return
     loop, bus_ids = make_loop(name)
     good = replies_to_a_poll(loop, bus_ids)
     truth = read(loop, bus_ids, good)

@@ -72,6 +72,16 @@ def test_feetech_sdk_moves_a_servo_and_sees_it_arrive(port: _Port) -> None:
     assert positions() == [2048, 2048, 2348, 2048, 2048, 2048]
 
 
+def test_feetech_sdk_turns_a_servo_in_velocity_mode(port: _Port) -> None:
+    handler = scservo_sdk.PacketHandler(0)
+    assert handler.write1ByteTxRx(port, 4, 33, 1) == (scservo_sdk.COMM_SUCCESS, 0)
+    assert handler.write2ByteTxRx(port, 4, 46, 0x8000 | 500) == (scservo_sdk.COMM_SUCCESS, 0)
+    assert handler.write1ByteTxRx(port, 4, 40, 1) == (scservo_sdk.COMM_SUCCESS, 0)
+    wait_for(lambda: handler.read2ByteTxRx(port, 4, 58)[0] == 0x8000 | 500)
+    assert handler.write2ByteTxRx(port, 4, 46, 0) == (scservo_sdk.COMM_SUCCESS, 0)
+    wait_for(lambda: handler.read2ByteTxRx(port, 4, 58)[0] & 0x7FFF == 0)
+
+
 def test_feetech_sdk_writes_to_several_at_once(port: _Port) -> None:
     handler = scservo_sdk.PacketHandler(0)
     writer = scservo_sdk.GroupSyncWrite(port, handler, 48, 2)
@@ -150,6 +160,21 @@ def test_damiao_motor_moves_in_mit_mode(controller: DaMiaoController) -> None:
         return motor.get_states()["pos"] == pytest.approx(-0.3, abs=0.001)
 
     wait_for(arrived)
+
+
+@damiao_motor
+def test_damiao_motor_turns_a_motor_in_velocity_mode(controller: DaMiaoController) -> None:
+    motor = controller.get_motor(4)
+    motor.set_control_mode(3)
+    motor.enable()
+    wait_for(lambda: motor.get_states().get("status") == "ENABLED")
+    for velocity_rad_s in (-0.5, 0.0):
+
+        def turns(wanted: float = velocity_rad_s) -> object:
+            motor.send_cmd_vel(target_velocity=wanted)
+            return motor.get_states()["vel"] == pytest.approx(wanted, abs=0.02)
+
+        wait_for(turns)
 
 
 def test_python_can_talks_slcan_to_the_motors() -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scservo_sdk
@@ -98,6 +99,94 @@ def test_gateway_without_simulation_runs_on_the_links_as_on_real_adapters(links:
     assert arm.stop()[0] == 0
 
 
+# --- scan -------------------------------------------------------------------------------------------------------------
+
+PATIENCE = ("--wait", "1000")  # a busy machine may not give a simulated motor its turn any sooner
+
+
+def scan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, "scan", *PATIENCE, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_scan_finds_the_motors_at_the_links(links: Path) -> None:
+    serial = scan("--serial", str(links / "serial0"), "--protocol", "feetech_sts", "--ids", "4-6", "--json")
+    found = json.loads(serial.stdout)
+    assert [(motor["protocol"], motor["id"], motor["model"]) for motor in found["motors"]] == [
+        ("feetech_sts", bus_id, "STS3215") for bus_id in (4, 5, 6)
+    ]
+    assert found["motors"][0]["details"]["min_position_rad"] == pytest.approx(-2.8, abs=0.01)
+    channel = f"slcan:{links / 'can0'}"
+    can = scan("--can", channel, "--option", "sleep_after_open=0", "--protocol", "damiao", "--ids", "1-3", "--json")
+    assert [(motor["protocol"], motor["id"]) for motor in json.loads(can.stdout)["motors"]] == [
+        ("damiao", bus_id) for bus_id in (1, 2, 3)
+    ]
+
+
+def test_scan_writes_a_configuration_that_passes_the_check(links: Path, tmp_path: Path) -> None:
+    config = tmp_path / "found.toml"
+    arguments = ("--serial", str(links / "serial0"), "--protocol", "feetech_sts", "--ids", "4-6", "--output")
+    found = scan(*arguments, str(config))
+    assert (found.returncode, "found feetech_sts id 5" in found.stderr, "STS3215" in found.stdout) == (0, True, True)
+    assert subprocess.run([*COMMAND, "check", str(config)], check=False).returncode == 0
+    config.write_text("mine")
+    refused = scan(*arguments, str(config))
+    assert (refused.returncode, "--force" in refused.stderr, config.read_text()) == (2, True, "mine")
+    assert scan(*arguments, str(config), "--force").returncode == 0
+    assert "[[motor]]" in config.read_text()
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_scan_that_is_interrupted_tells_what_it_found_and_writes_nothing(links: Path, tmp_path: Path) -> None:
+    config = tmp_path / "found.toml"
+    where = ("--serial", str(links / "serial0"), "--protocol", "feetech_sts", "--ids", "4-7", "--output", str(config))
+    with subprocess.Popen(
+        [*COMMAND, "scan", *where, "--wait", "600000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        while "id 6" not in process.stderr.readline():  # id 7 is not there: from here on it waits
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        told, why = process.communicate(timeout=WITHIN_S)
+    assert (process.returncode, told.count("STS3215"), "stopped" in why) == (130, 3, True)
+    assert not config.exists()
+
+
+def test_scan_of_a_port_that_a_gateway_has_says_so(running: Arm) -> None:
+    found = running.cli("scan", "--serial", str(running.state / "sim" / "serial0"), "--ids", "4")
+    assert (found.returncode, "a gateway that runs" in found.stderr, found.stdout) == (1, True, ""), found
+    assert "Traceback" not in found.stderr
+
+
+def test_scan_that_finds_nobody_says_what_to_look_at(links: Path) -> None:
+    found = scan("--serial", str(links / "serial0"), "--ids", "9", "--wait", "1", "--protocol", "feetech_sts")
+    assert (found.returncode, "power" in found.stderr, found.stdout) == (1, True, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--serial", "/dev/x", "--can", "socketcan:can0"), "one bus at a time"),
+        (("--can", "can0"), "socketcan:can0"),
+        (("--can", "socketcan:can0", "--baudrate", "9600"), "--bitrate"),
+        (("--can", "socketcan:can0", "--option", "fast"), "KEY=VALUE"),
+        (("--serial", "/dev/x", "--option", "a=1"), "--can"),
+        (("--serial", "/dev/x", "--protocol", "damiao"), "feetech_sts"),
+        (("--serial", "/dev/x", "--ids", "1-x"), "1-10,15"),
+        (("--serial", "/dev/x", "--ids", "300"), "0-253"),
+    ],
+)
+def test_scan_refuses_what_it_does_not_know(arguments: tuple[str, ...], named: str) -> None:
+    found = scan(*arguments)
+    assert (found.returncode, named in " ".join(found.stderr.split())) == (2, True), found.stderr
+
+
+def test_scan_without_a_bus_lists_what_there_is() -> None:
+    assert scan().returncode == 0
+    listed = json.loads(scan("--json").stdout)
+    assert set(listed) == {"serial", "can"}
+
+
 # --- check ------------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +237,22 @@ def test_status_tells_whether_the_gateway_runs(running: Arm) -> None:
     running.stop()
     stopped = running.cli("status", str(running.config))
     assert (stopped.returncode, "does not run" in stopped.stdout) == (1, True)
+
+
+def test_status_explains_faults_in_words(running: Arm) -> None:
+    def fault(status: dict[str, Any]) -> str:
+        return next(str(motor["fault"]) for motor in status["motors"] if motor["motor"] == "joint4")
+
+    running.faults.write_text("[joint4]\ntemperature_c = 120\n")
+    running.wait_status(lambda status: bool(fault(status)), "joint4 tells its fault")
+    words = fault(running.status())
+    assert words.startswith("temperature (feetech_sts: ")
+    people = running.cli("status", str(running.config), "--verbose").stdout
+    assert f"joint4 fault: {words}" in people
+    assert "joint5: feetech_sts STS3215" in people
+    assert max(map(len, people.splitlines())) <= 80
+    events = running.cli("tail", str(running.config), "--topic", "events", "--from", "beginning", "--no-follow")
+    assert f"detail={words}" in next(line for line in events.stdout.splitlines() if "motor.fault" in line)
 
 
 def test_status_of_an_arm_that_never_ran_says_so(make_arm: MakeArm) -> None:

@@ -1,10 +1,12 @@
-"""What the gateway makes of samples beside keeping them: events for faults and heat, once an episode."""
+"""What the gateway makes of samples and notices beside keeping them: events; for faults and heat, one an episode."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from drivers.motor import Status
+from drivers.notices import BusTrouble, BusUp
 from gateway.app import Gateway
 from gateway.events import EventType
 from gateway.journal import Batch
@@ -43,3 +45,21 @@ async def test_faults_and_heat_are_told_once_an_episode(
     gateway._reader.close()
     gateway._writer._journal.close()
     assert events == told
+
+
+async def test_trouble_on_a_bus_is_an_event_and_stands_on_the_board_until_the_bus_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = StateDir(tmp_path / "state")
+    state.make()
+    gateway = Gateway(make_config(tmp_path), state)
+    events: list[tuple[EventType, dict[str, Any]]] = []
+    monkeypatch.setattr(gateway, "_event", lambda kind, **details: events.append((kind, details)))
+    gateway.heard_notice("serial0", BusTrouble("echo", 3, "it comes back"))
+    told = {"bus": "serial0", "what": "echo", "count": 3, "detail": "it comes back"}
+    assert events == [(EventType.BUS_TROUBLE, told)]
+    assert gateway.board.snapshot()["buses"][0]["troubles"] == {"echo": 3}
+    gateway.heard_notice("serial0", BusUp())
+    assert gateway.board.snapshot()["buses"][0]["troubles"] == {}
+    gateway._reader.close()
+    gateway._writer._journal.close()

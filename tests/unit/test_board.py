@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from drivers import protocols
 from drivers.clock import MS, SECOND
 from drivers.motor import Status
 from drivers.notices import CycleStats, MotorCounts
@@ -66,12 +67,12 @@ def test_age_is_since_the_newest_sample(tmp_path: Path) -> None:
 
 def test_stats_of_a_worker_reach_its_motors(tmp_path: Path) -> None:
     board = make_board(tmp_path)
-    board.take_stats("serial0", CycleStats(100, 2, 3, 4.5, 6.5, (MotorCounts(1, 90, 7),)))
+    board.take_stats("serial0", CycleStats(100, 2, 3, 17, 4.5, 6.5, (MotorCounts(1, 90, 7),)))
     assert (board.motors[1].polls, board.motors[1].misses) == (90, 7)
     bus = board.snapshot()["buses"][0]
-    told = {name: bus[name] for name in ("cycles", "skipped_cycles", "stray_packets", "late_p50_us", "late_max_us")}
-    assert told == {
-        "cycles": 100, "skipped_cycles": 2, "stray_packets": 3, "late_p50_us": 4.5, "late_max_us": 6.5
+    names = ("cycles", "skipped_cycles", "stray_packets", "garbage", "late_p50_us", "late_max_us")
+    assert {name: bus[name] for name in names} == {
+        "cycles": 100, "skipped_cycles": 2, "stray_packets": 3, "garbage": 17, "late_p50_us": 4.5, "late_max_us": 6.5
     }  # fmt: skip
 
 
@@ -100,3 +101,14 @@ def test_snapshot_is_json_whatever_a_motor_tells(tmp_path: Path) -> None:
     assert motor["position_rad"] is None
     assert motor["temperature_c"] is None
     assert set(motor["status"]) == {flag.name for flag in Status}
+
+
+def test_fault_is_told_in_common_words_and_in_the_vendors(tmp_path: Path) -> None:
+    board = make_board(tmp_path)
+    records = Numbering().records([0, 1])
+    records["status"], records["vendor_error"] = [Status.ENABLED | Status.FAULT_TEMPERATURE, Status.ENABLED], [4, 0]
+    board.update(records)
+    sick, well = board.snapshot()["motors"]
+    words = protocols.load("feetech_sts").explain(4)
+    assert (sick["faults"], sick["fault"]) == ([*words], f"temperature (feetech_sts: {', '.join(words)} 0x04)")
+    assert (well["faults"], well["fault"]) == ([], "")

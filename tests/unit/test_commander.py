@@ -17,10 +17,11 @@ from gateway import commander as module
 from gateway.board import Board
 from gateway.commander import Commander, Incoming
 from gateway.commands import Outcome, Reason, State, decode_outcome
+from gateway.config import loads
 from gateway.event_time import EventTime
 from gateway.journal import CommandState, Journal, JournalReader, Lost
 from gateway.writer import Committed, LogWriter
-from tests.gateway_parts import DEADLINE_S, MOTORS, Numbering, make_config
+from tests.gateway_parts import ARM, DEADLINE_S, MOTORS, Numbering
 
 
 class Deaf:
@@ -38,9 +39,9 @@ class Deaf:
 class Rig:
     """An arm of two motors, a log in a file, and workers that remember what they were sent."""
 
-    def __init__(self, directory: Path, up_for_ns: int) -> None:
+    def __init__(self, directory: Path, up_for_ns: int, text: str) -> None:
         directory.mkdir(exist_ok=True)
-        config = make_config(directory)
+        config = loads(text, directory / "arm.toml")
         path = directory / "journal.db"
         time = EventTime()
         self.writer = LogWriter(Journal(path, "arm1", MOTORS, 1 << 30), time, 1.0, published=False)
@@ -110,8 +111,8 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def running(directory: Path, up_for_ns: int = 60 * SECOND) -> AsyncIterator[Rig]:
-    rig = Rig(directory, up_for_ns)
+async def running(directory: Path, up_for_ns: int = 60 * SECOND, text: str = ARM) -> AsyncIterator[Rig]:
+    rig = Rig(directory, up_for_ns, text)
     rig.writer.start(Deaf(), asyncio.get_running_loop())
     try:
         yield rig
@@ -138,7 +139,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_position_is_accepted_then_done_when_the_motor_is_there(rig: Rig) -> None:
     await rig.give("a", value=1.0, velocity_rad_s=2.0)
     (ticket,) = rig.sent
-    assert (ticket.motor, ticket.order) == (0, Order(Kind.POSITION, 1.0, 2.0))
+    assert (ticket.motor, ticket.order) == (0, Order(Kind.POSITION, 1.0, 2.0, within_rad=(-1.0, 1.5)))
     rig.done()
     assert await rig.states("a") == [State.ACCEPTED]
     rig.told({0: 0.97, 1: 1.0})
@@ -226,6 +227,10 @@ REFUSALS = [  # (fields, state, reason, what the detail names)
     ({"issued_at_ns": -(10**300)}, State.REJECTED, Reason.MALFORMED, ["issued_at_ns"]),
     ({"motor": "elbow"}, State.REJECTED, Reason.UNKNOWN_MOTOR, ["'elbow'", "joint1, joint2"]),
     ({"kind": "torque", "value": 1.0}, State.REJECTED, Reason.UNSUPPORTED, ["joint1", "torque"]),
+    ({"kind": "velocity", "value": 0.1, "motor": "*"}, State.REJECTED, Reason.UNSUPPORTED, ["velocity for all motors"]),
+    ({"kind": "velocity", "value": 5.1}, State.REJECTED, Reason.OUT_OF_LIMITS, ["5.1 rad/s", "at most 5 rad/s"]),
+    ({"kind": "velocity", "value": -5.1}, State.REJECTED, Reason.OUT_OF_LIMITS, ["-5.1 rad/s", "either way"]),
+    ({"kind": "velocity", "value": None}, State.REJECTED, Reason.MALFORMED, ["needs a value"]),
     ({"targets": {"joint1": 1.0}}, State.REJECTED, Reason.UNSUPPORTED, ["targets"]),
     ({"motor": "*"}, State.REJECTED, Reason.UNSUPPORTED, ["position for all motors"]),
     ({"issued_at_ns": 0}, State.EXPIRED, Reason.STALE, ["was good for 60000 ms"]),
@@ -249,6 +254,58 @@ async def test_refusal_says_what_is_wrong_and_what_would_be_right(
         assert word in detail
     assert rig.sent == []
     assert await rig.states("a") == [state]
+
+
+async def test_velocity_goes_to_the_worker_with_the_range_that_it_is_good_for(rig: Rig) -> None:
+    await rig.give("a", kind="velocity", value=-5.0)
+    assert rig.sent[0].order == Order(Kind.VELOCITY, -5.0, 5.0, within_rad=(-1.0, 1.5))
+    rig.done(detail="turning")
+    assert await rig.final("a") == (State.DONE, None, "turning")
+
+
+@pytest.mark.parametrize(("position_rad", "value", "good"), [(1.5, 0.1, False), (1.5, -0.1, True), (-1.0, -0.1, False)])
+async def test_motor_at_the_end_of_its_range_is_driven_back_only(
+    rig: Rig, position_rad: float, value: float, good: bool
+) -> None:
+    rig.told({0: position_rad})
+    await rig.give("a", kind="velocity", value=value)
+    assert len(rig.sent) == good
+    if not good:
+        state, reason, detail = await rig.final("a")
+        assert (state, reason) == (State.REJECTED, Reason.OUT_OF_LIMITS)
+        assert f"stands at {position_rad:.4f} rad" in detail
+
+
+TORQUE_ARM = ARM.replace(
+    '"feetech_sts"\nid = 2', '"dynamixel2"\nid = 2\nmode = "current"\nnm_per_a = 1.0\ntorque_nm = 2.0'
+)
+
+
+@pytest.mark.parametrize(("torque_nm", "good"), [(2.0, True), (-2.0, True), (2.1, False), (-2.1, False)])
+async def test_torque_keeps_to_the_motors_limit(tmp_path: Path, torque_nm: float, good: bool) -> None:
+    async with running(tmp_path / "arm", text=TORQUE_ARM) as rig:
+        await rig.give("a", "joint2", "torque", value=torque_nm)
+        assert [ticket.order.value for ticket in rig.sent] == [torque_nm] * good
+        if not good:
+            state, reason, detail = await rig.final("a")
+            assert (state, reason) == (State.REJECTED, Reason.OUT_OF_LIMITS)
+            assert f"{torque_nm} N m: at most 2 N m" in detail
+
+
+async def test_torque_without_a_limit_is_unsupported(tmp_path: Path) -> None:
+    async with running(tmp_path / "arm", text=TORQUE_ARM.replace("torque_nm", "# torque_nm")) as rig:
+        await rig.give("a", "joint2", "torque", value=0.1)
+        state, reason, detail = await rig.final("a")
+        assert (state, reason) == (State.REJECTED, Reason.UNSUPPORTED)
+        assert "torque_nm" in detail
+        assert rig.sent == []
+
+
+async def test_motor_without_torque_is_not_driven(rig: Rig) -> None:
+    rig.told({0: 0.0}, status=Status(0))
+    await rig.give("a", kind="velocity", value=0.5)
+    assert (await rig.final("a"))[:2] == (State.REJECTED, Reason.NOT_ENABLED)
+    assert rig.sent == []
 
 
 @pytest.mark.parametrize("value", [-1.0, 1.5])
@@ -295,7 +352,7 @@ async def test_id_of_a_malformed_command_may_be_used_again(rig: Rig) -> None:
 CHAIN: list[tuple[Reason, dict[str, Any]]] = [  # each lacks one thing more than the one before it is checked for
     (Reason.MALFORMED, {"ttl_ms": 0}),
     (Reason.UNKNOWN_MOTOR, {"motor": "elbow"}),
-    (Reason.UNSUPPORTED, {"kind": "velocity"}),
+    (Reason.UNSUPPORTED, {"kind": "torque"}),
     (Reason.STALE, {"issued_at_ns": 0}),
     (Reason.OUT_OF_LIMITS, {"value": 9.0}),
 ]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from drivers import motor as driven
 from drivers import protocols
 from drivers.protocols import damiao
-from gateway.config import CanBus, Config, ConfigError, Motor, SerialBus, load, loads, with_kafka
+from gateway.config import CanBus, Config, ConfigError, Motor, Rs485, SerialBus, load, loads, with_kafka
 
 GOOD = """\
 [arm]
@@ -268,7 +268,7 @@ RELATIONS = [
     (('channel = "can0"\n', ""), '4: bus[0] "can0" channel: is missing: without [simulation] a CAN bus needs its channel'),
     (('port = "/dev/ttyUSB0"\n', ""), '11: bus[1] "serial0" port: is missing: without [simulation] a serial bus needs its device'),
     (("rate_hz = 100", 'rate_hz = 100\noptions = { channel = "can1" }'), '10: bus[0] "can0" options.channel = "can1": is a key of the bus itself; set it there'),
-    (("rate_hz = 100", 'rate_hz = 100\nport = "x"'), '10: bus[0] "can0" port: unknown; known: bitrate, channel, interface, name, options, rate_hz, type'),
+    (("rate_hz = 100", 'rate_hz = 100\nport = "x"'), '10: bus[0] "can0" port: unknown; known: bitrate, channel, data_bitrate, fd, interface, name, options, rate_hz, type'),
     (("id = 1\n", "id = 1\nmaster_id = true\n"), '23: motor[0] "joint1" master_id = true: must be a whole number'),
     (("id = 1\n", "id = 1\nmaster_id = 0x101\n"), '23: motor[0] "joint1" master_id = 257: is the identifier of commands to id 1 on this bus; by custom it is 1 + 16'),
     (("id = 1\n", "id = 1\nwheels = 4\n"), '23: motor[0] "joint1" wheels: unknown; known: bus, id, master_id, name, partition, position_rad, position_tolerance_rad, protocol, temperature_c, velocity_rad_s'),
@@ -650,3 +650,69 @@ def test_any_value_in_any_line_gives_a_config_or_faults_with_lines(line: int, va
     result = outcome(os.linesep.join(lines))
     if equals and isinstance(result, ConfigError):
         assert all(fault.line for fault in result.faults)
+
+
+# --- what a bus is opened with ----------------------------------------------------------------------------------
+
+
+def bus_with(key: str, bus: str = "serial0") -> str:
+    rate = {"can0": "rate_hz = 100\n", "serial0": "rate_hz = 200.5\n"}[bus]
+    return changed((rate, f"{rate}{key}\n"))
+
+
+@pytest.mark.parametrize(
+    ("key", "rs485"),
+    [
+        ("rs485 = true", Rs485()),
+        ("rs485 = false", None),
+        ("", None),
+        (
+            "rs485 = { rts_level_for_tx = false, rts_level_for_rx = true, delay_before_tx_ms = 1 }",
+            Rs485(rts_level_for_tx=False, rts_level_for_rx=True, delay_before_tx_ms=1),
+        ),
+    ],
+)
+def test_rs485_is_true_or_a_table(key: str, rs485: Rs485 | None) -> None:
+    _, serial = loads(bus_with(key), "arm.toml").buses
+    assert isinstance(serial, SerialBus)
+    assert serial.rs485 == rs485
+
+
+def test_can_fd_has_a_rate_of_its_own() -> None:
+    can, _ = loads(bus_with("fd = true\ndata_bitrate = 5_000_000", "can0"), "arm.toml").buses
+    assert isinstance(can, CanBus)
+    assert (can.fd, can.data_bitrate) == (True, 5_000_000)
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [
+        ("rs485 = 3", '16: bus[1] "serial0" rs485 = 3: must be true, false or a table'),
+        (
+            "rs485 = { delay_before_rx_ms = 101 }",
+            '16: bus[1] "serial0" rs485.delay_before_rx_ms = 101: must be at most 100',
+        ),
+        (
+            "rs485 = { delay_before_tx = 1 }",
+            '16: bus[1] "serial0" rs485.delay_before_tx: unknown; did you mean "delay_before_tx_ms"?',
+        ),
+    ],
+)
+def test_wrong_rs485_is_told_with_what_would_be_right(key: str, fault: str) -> None:
+    assert faults(bus_with(key)) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [
+        (
+            "data_bitrate = 5_000_000",
+            '10: bus[0] "can0" data_bitrate = 5000000: is used with CAN FD only; remove it, or set fd = true',
+        ),
+        ("fd = 1", '10: bus[0] "can0" fd = 1: must be true or false'),
+        ("fd = true\ndata_bitrate = 9_000_000", '11: bus[0] "can0" data_bitrate = 9000000: must be at most 8000000'),
+        ("options = { fd = true }", '10: bus[0] "can0" options.fd = true: is a key of the bus itself; set it there'),
+    ],
+)
+def test_wrong_can_fd_is_told_with_what_would_be_right(key: str, fault: str) -> None:
+    assert faults(bus_with(key, "can0")) == [fault]

@@ -16,9 +16,9 @@ from drivers.buses.memory import MemoryBus
 from drivers.clock import MS, MonotonicNs
 from drivers.cycle import ORDERS_PER_MOTOR, Cycle, Ticket, Timing
 from drivers.errors import BusError, MotorRefused
-from drivers.family import Exchange, Family, Procedure
+from drivers.family import Exchange, Family, Overheard, Procedure
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
-from drivers.notices import AnyNotice, MotorLate, MotorOffline, MotorOnline, OrderDone, OrderFailed
+from drivers.notices import AnyNotice, MotorLate, MotorOffline, MotorOnline, MotorStopped, OrderDone, OrderFailed
 from drivers.sim.build import SimulationSettings, build_bus
 from drivers.sim.bus import SimulatedBus
 from drivers.sim.responder import Responder, SimulatedMotor
@@ -71,6 +71,7 @@ class Rig:
         self.period_ns = period_ns
         self.simulated = bus
         self.bus: MemoryBus[Any] = MemoryBus(bus)
+        self.families = families
         self.cycle: Cycle[Any] = Cycle(families, Timing(period_ns, late_after_ns=50 * MS, offline_after_ns=300 * MS))
         self.cycle.attach(self.bus)
         self.notices: list[AnyNotice] = []
@@ -156,6 +157,13 @@ class Plain(Family[bytes, int]):
     refusals: ClassVar[dict[int, str]] = {}
     steps = 1  # exchanges of an order
     refresh_steps = 1
+    patience_ns = 0  # of everything but polls
+
+    def __init__(self, motors: Sequence[Motor]) -> None:
+        super().__init__(motors)
+        self.told = Feedback(0.0, 0.0, 25.0)
+        self.orders: list[Order] = []
+        self.begun = 0
 
     @classmethod
     def poll_bits(cls, motors: Sequence[Motor]) -> int:
@@ -166,13 +174,20 @@ class Plain(Family[bytes, int]):
 
     def poll(self, bus_ids: Sequence[int]) -> Exchange[bytes, int]:
         def match(packet: int) -> tuple[int, Feedback] | None:
-            return (packet, Feedback(0.0, 0.0, 25.0)) if packet < CONNECT else None
+            return (packet, self.told) if packet < CONNECT else None
 
-        return Exchange([bytes([bus_id]) for bus_id in bus_ids], frozenset(bus_ids), match)
+        return Exchange([bytes([bus_id]) for bus_id in bus_ids], frozenset(bus_ids), match, begin=self._begin)
+
+    def _begin(self) -> None:
+        self.begun += 1
 
     def _ask(self, bus_id: int, what: int) -> Exchange[bytes, int]:
         wanted = bus_id | what
-        return Exchange([bytes([wanted])], frozenset({bus_id}), lambda p: (bus_id, p) if p == wanted else None)
+
+        def match(packet: int) -> tuple[int, int] | None:
+            return (bus_id, packet) if packet == wanted else None
+
+        return Exchange([bytes([wanted])], frozenset({bus_id}), match, patience_ns=self.patience_ns)
 
     def connect(self, bus_id: int) -> Procedure[bytes, int, MotorInfo | None]:
         replies = yield self._ask(bus_id, CONNECT)
@@ -193,6 +208,7 @@ class Plain(Family[bytes, int]):
             yield self._ask(bus_id, REFRESH)
 
     def order(self, bus_id: int, order: Order) -> Procedure[bytes, int, str]:
+        self.orders.append(order)
         for _ in range(self.steps):
             if not (yield self._ask(bus_id, ORDER)):
                 raise MotorRefused("no_reply", "kept silent")
@@ -205,6 +221,11 @@ class PlainMotors(Responder[bytes]):
     def __init__(self, motors: Sequence[SimulatedMotor]) -> None:
         super().__init__(motors)
         self.asked: Counter[int] = Counter()
+        self.unasked: list[tuple[SimulatedMotor, bytes]] = []
+
+    def tick(self, now: MonotonicNs) -> list[tuple[SimulatedMotor, bytes]]:
+        sent, self.unasked = self.unasked, []
+        return sent
 
     def reboot(self, simulated: SimulatedMotor) -> None:
         return
@@ -215,13 +236,18 @@ class PlainMotors(Responder[bytes]):
 
 
 def make_plain_rig(
-    clock: Clock, groups: Sequence[Sequence[int]] = ((1, 2, 3),), period_ns: int = 10 * MS, steps: int = 1
+    clock: Clock,
+    groups: Sequence[Sequence[int]] = ((1, 2, 3),),
+    period_ns: int = 10 * MS,
+    steps: int = 1,
+    family: type[Plain] = Plain,
 ) -> tuple[Rig, list[PlainMotors]]:
     """A bus with a family for each group of bus ids; a motor's index is its bus id less one."""
-    families, responders = [], []
+    families: list[Plain] = []
+    responders: list[PlainMotors] = []
     for group in groups:
         motors = [Motor(bus_id - 1, f"joint{bus_id}", "plain", bus_id) for bus_id in group]
-        families.append(Plain(motors))
+        families.append(family(motors))
         families[-1].steps = steps
         responders.append(PlainMotors([SimulatedMotor(motor, Servo()) for motor in motors]))
     return Rig(clock, SimulatedBus(responders, MonotonicNs(clock.now_ns)), families, period_ns), responders
@@ -678,3 +704,189 @@ def test_every_ticket_ends_exactly_once_whatever_happens(
         rig.notices += rig.cycle.take_notices()
         ends = Counter(n.ticket for n in rig.notices if isinstance(n, OrderDone | OrderFailed))
         assert ends == Counter(range(1, rig._numbers + 1))
+
+
+# --- packets that nobody asked for ------------------------------------------------------------------------------------
+
+
+class Listening(Plain):
+    """Takes an uninvited CONNECT for "I have restarted", an uninvited REFRESH for a sign of life."""
+
+    def overhear(self, packet: int) -> Overheard | None:
+        kind, bus_id = packet & 0xC0, packet & 0x3F
+        if kind == REFRESH:
+            return Overheard(bus_id)
+        return Overheard(bus_id, "it has restarted") if kind == CONNECT else None
+
+
+def test_motor_that_says_it_has_restarted_is_connected_anew(clock: Clock) -> None:
+    rig, (motors,) = make_plain_rig(clock, family=Listening)
+    rig.connect()
+    motors.unasked.append((motors.motors[2], bytes([2 | CONNECT])))
+    samples = rig.run(100)
+    assert [(n.motor, n.reason) for n in rig.of(MotorOffline)] == [(1, "it has restarted")]
+    assert [n.motor for n in rig.of(MotorOnline)] == [1]
+    assert samples[0] == samples[2] == 10
+
+
+def test_sign_of_life_is_no_stray_and_changes_nothing(clock: Clock) -> None:
+    rig, (motors,) = make_plain_rig(clock, family=Listening)
+    rig.connect()
+    strays = rig.cycle.strays
+    motors.unasked.append((motors.motors[2], bytes([2 | REFRESH])))
+    assert rig.run(100) == {0: 10, 1: 10, 2: 10}
+    assert rig.notices == []
+    assert rig.cycle.strays == strays
+
+
+def test_family_hears_its_motors_while_another_is_polled(clock: Clock) -> None:
+    rig, (_, theirs) = make_plain_rig(clock, groups=((1, 2), (3,)), family=Listening)
+    rig.connect()
+    theirs.unasked.append((theirs.motors[3], bytes([3 | CONNECT])))
+    rig.run(100)
+    assert {n.motor for n in rig.of(MotorOffline)} == {2}
+
+
+# --- replies that take longer than a cycle ----------------------------------------------------------------------------
+
+
+class Patient(Plain):
+    patience_ns = 50 * MS
+
+
+def test_reply_slower_than_a_cycle_is_waited_for_where_it_can_be_told_apart(clock: Clock) -> None:
+    rig, (motors,) = make_plain_rig(clock, family=Patient)
+    rig.motor(1).faults.delay_ms = 34
+    samples = rig.run(400)
+    assert 1 in {n.motor for n in rig.of(MotorOnline)}
+    assert samples[0] >= 30
+    assert samples[2] >= 30
+    assert motors.asked[CONNECT] >= 3
+
+
+def test_slow_reply_without_patience_is_none(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.motor(1).faults.delay_ms = 34
+    rig.run(400)
+    assert {n.motor for n in rig.of(MotorOnline)} == {0, 2}
+
+
+def test_patience_ends(clock: Clock) -> None:
+    rig, (motors,) = make_plain_rig(clock, family=Patient)
+    rig.motor(0).faults.silent = True
+    rig.run(300)
+    assert {n.motor for n in rig.of(MotorOnline)} == {1, 2}
+    assert motors.asked[CONNECT] >= 4
+
+
+def test_every_turn_begins_anew(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    family = rig.families[0]
+    assert isinstance(family, Plain)
+    family.begun = 0
+    rig.run(100)
+    assert family.begun == 10
+
+
+# --- velocity and torque: the deadman ---------------------------------------------------------------------------------
+
+
+def plain(rig: Rig) -> Plain:
+    family = rig.families[0]
+    assert isinstance(family, Plain)
+    return family
+
+
+@pytest.mark.parametrize("kind", [Kind.VELOCITY, Kind.TORQUE])
+def test_motor_without_a_fresh_setpoint_is_stopped_and_told_once(clock: Clock, kind: Kind) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    ticket = rig.submit(kind, 1, 0.5)
+    rig.run(450)
+    assert isinstance(rig.end_of(ticket), OrderDone)
+    assert [order.kind for order in plain(rig).orders] == [kind]
+    rig.run(2000)
+    assert [order.kind for order in plain(rig).orders] == [kind, Kind.STOP]
+    (stopped,) = rig.of(MotorStopped)
+    assert (stopped.motor, stopped.reason) == (1, "no fresh setpoint for 500 ms")
+
+
+def test_stream_of_setpoints_keeps_a_motor_going(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    for _ in range(10):
+        rig.submit(Kind.VELOCITY, 1, 0.5)
+        rig.run(300)
+    assert rig.of(MotorStopped) == []
+
+
+@pytest.mark.parametrize("kind", [Kind.STOP, Kind.DISABLE, Kind.POSITION])
+def test_what_ends_a_drive_ends_its_deadman(clock: Clock, kind: Kind) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.submit(Kind.VELOCITY, 1, 0.5)
+    rig.run(100)
+    rig.submit(kind, 1, 0.5)
+    rig.run(2000)
+    assert [order.kind for order in plain(rig).orders] == [Kind.VELOCITY, kind]
+    assert rig.of(MotorStopped) == []
+
+
+def test_stop_that_is_not_acknowledged_is_repeated_and_told_once(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.submit(Kind.VELOCITY, 1, 0.5)
+    rig.run(100)
+    rig.motor(1).faults.silent = True
+    rig.run(2500)
+    rig.motor(1).faults.silent = False
+    rig.run(2500)
+    stops = [order.kind for order in plain(rig).orders].count(Kind.STOP)
+    assert stops >= 1
+    assert len(rig.of(MotorStopped)) == 1
+    rig.run(2500)
+    assert [order.kind for order in plain(rig).orders].count(Kind.STOP) == stops
+
+
+def test_velocity_that_was_not_acknowledged_is_stopped_all_the_same(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.motor(1).faults.silent = True
+    ticket = rig.submit(Kind.VELOCITY, 1, 0.5)
+    rig.run(100)
+    assert rig.reason(ticket) == "no_reply"
+    rig.motor(1).faults.silent = False
+    rig.run(2000)
+    assert [order.kind for order in plain(rig).orders] == [Kind.VELOCITY, Kind.STOP]
+
+
+@pytest.mark.parametrize(
+    ("position_rad", "velocity_rad_s", "stopped"),
+    [(1.01, 0.5, True), (-1.01, -0.5, True), (1.01, -0.5, False), (-1.01, 0.5, False), (0.99, 5.0, False)],
+)
+def test_motor_that_is_driven_out_of_its_range_is_stopped_at_once(
+    clock: Clock, position_rad: float, velocity_rad_s: float, stopped: bool
+) -> None:
+    rig, _ = make_plain_rig(clock, groups=((1,),))
+    rig.connect()
+    rig.cycle.submit(Ticket(9, 0, Order(Kind.VELOCITY, 0.5, within_rad=(-1.0, 1.0)), rig.clock.now_ns + 1000 * MS))
+    rig.run(50)
+    plain(rig).told = Feedback(position_rad, velocity_rad_s, 25.0)
+    rig.run(30)
+    assert (Kind.STOP in [order.kind for order in plain(rig).orders]) is stopped
+    assert len(rig.of(MotorStopped)) == stopped
+
+
+def test_stop_of_its_own_goes_ahead_of_orders_that_wait(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.submit(Kind.VELOCITY, 1, 0.5)
+    rig.run(480)
+    rig.motor(0).faults.delay_ms = 4  # each of its orders takes the slack of a cycle
+    for _ in range(6):
+        rig.submit(Kind.ENABLE, 0)
+    rig.run(500)
+    kinds = [order.kind for order in plain(rig).orders]
+    assert kinds.count(Kind.ENABLE) == 6
+    assert kinds.index(Kind.STOP) < len(kinds) - 1

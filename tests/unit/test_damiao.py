@@ -36,6 +36,7 @@ from drivers.protocols.damiao import (
     make_refresh,
     make_register,
     make_system,
+    make_torque,
     make_vel,
 )
 from tests.memory_loop import Loop, make_motor
@@ -184,6 +185,16 @@ def test_replies_with_another_identifier_are_refused_with_what_to_set() -> None:
         loop.connect(1)
 
 
+@pytest.mark.parametrize(("master_id", "options"), [(0x11, {}), (0x05, {"master_id": 0x05})])
+def test_identify_tells_the_master_id_that_a_configuration_needs(master_id: int, options: dict[str, int]) -> None:
+    loop = Loop([make_motor("damiao", 1)])
+    write(loop, 1, Rid.MST_ID, master_id)
+    info = loop.run(loop.family.identify(1))
+    assert info is not None
+    assert info.options == options
+    assert {frame.data[2] for frame in loop.sent} == {Command.READ}
+
+
 def test_motors_that_share_a_master_id_are_told_apart() -> None:
     motors = [replace(make_motor("damiao", bus_id), options=Options(master_id=0)) for bus_id in (1, 2)]
     loop = Loop(motors)
@@ -222,6 +233,20 @@ def test_feedback_on_a_foreign_identifier_or_of_a_foreign_motor_is_no_sample() -
     assert not matches(loop, replace(feedback, data=b"\x02" + feedback.data[1:]))
     assert not matches(loop, replace(feedback, data=feedback.data[:7]))
     assert not matches(loop, replace(feedback, extended=True))
+
+
+def test_frames_that_are_too_short_count_as_garbage_if_they_bear_a_motors_identifier() -> None:
+    family = make_loop(1).family
+    for frame in (CanFrame(0x11, bytes(7)), CanFrame(0x11, b""), CanFrame(0x11, bytes(7), True), CanFrame(0x55, b"")):
+        assert list(family.unpack(frame)) == []
+    assert family.garbage == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(0, []), (0x8, ["over voltage (8)"]), (0xE, ["overload (E)"]), (0x5, ["an unknown state (5)"])]
+)
+def test_error_is_the_state_in_words(error: int, words: list[str]) -> None:
+    assert list(Damiao.explain(error)) == words
 
 
 @given(frames)
@@ -275,16 +300,86 @@ def test_enabling_selects_pos_vel_in_memory_only_and_holds_at_once() -> None:
     assert loop.servo(1).position_rad == pytest.approx(0.5, abs=0.002)
 
 
-def test_mode_that_another_master_changed_stops_position_orders() -> None:
+def test_mode_that_another_master_changed_is_set_back_by_the_next_order() -> None:
     loop = make_loop(1)
     loop.order(1, Order(Kind.ENABLE))
     write(loop, 1, Rid.CTRL_MODE, Mode.VEL)
     refresh = loop.family.refresh(1)
     assert refresh is not None
     loop.run(refresh)
-    refusal = loop.refusal(1, Order(Kind.POSITION, 1.0, 1.0))
-    assert refusal.reason == "not_enabled"
-    assert "CTRL_MODE (register 10) is 3" in refusal.detail
+    loop.order(1, Order(Kind.POSITION, 0.5, 1.0))
+    loop.wait(1)
+    assert loop.servo(1).position_rad == pytest.approx(0.5, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("order", "mode", "setpoint"),
+    [
+        (Order(Kind.VELOCITY, 1.0), Mode.VEL, "201#0000803F00000000"),
+        (Order(Kind.TORQUE, 0.5), Mode.MIT, f"001#{encode_mit(Mit(0, 0, 0, 0, 0.5), DM4310).hex().upper()}"),
+    ],
+)
+def test_first_setpoint_travels_right_behind_the_change_of_mode_and_again_when_it_was_read_back(
+    order: Order, mode: Mode, setpoint: str
+) -> None:
+    loop = make_loop(1)
+    loop.order(1, Order(Kind.ENABLE))
+    loop.sent.clear()
+    loop.order(1, order)
+    read = "7FF#0100330A00000000"
+    assert [str(frame) for frame in loop.sent] == [read, f"7FF#0100550A0{mode:d}000000", setpoint, read, setpoint]
+    loop.sent.clear()
+    loop.order(1, order)
+    assert [str(frame) for frame in loop.sent] == [setpoint]
+
+
+def test_motor_that_turns_stands_still_before_its_mode_changes_to_hold() -> None:
+    loop = make_loop(1)
+    loop.order(1, Order(Kind.ENABLE))
+    loop.order(1, Order(Kind.VELOCITY, 2.0))
+    loop.wait(0.5)
+    loop.sent.clear()
+    loop.order(1, Order(Kind.STOP))
+    texts = [str(frame) for frame in loop.sent]
+    assert texts.index("201#0000000000000000") < texts.index("7FF#0100550A02000000")
+    assert texts[-1].startswith("101#")
+
+
+def test_enabling_a_motor_that_turns_holds_it() -> None:
+    loop = make_loop(1)
+    loop.order(1, Order(Kind.ENABLE))
+    loop.order(1, Order(Kind.VELOCITY, 0.5))
+    loop.wait(0.5)
+    loop.order(1, Order(Kind.ENABLE))
+    loop.wait(1)
+    assert loop.servo(1).velocity_rad_s == 0
+    assert loop.servo(1).position_rad == pytest.approx(0.25, abs=0.05)
+
+
+def test_mode_whose_change_was_not_confirmed_is_set_again_by_the_next_order() -> None:
+    loop = make_loop(1)
+    loop.order(1, Order(Kind.ENABLE))
+    change = loop.family.order(1, Order(Kind.VELOCITY, 0.5))
+    change.send({1: loop.exchange(next(change))[1]})
+    with pytest.raises(MotorRefused, match=r"no reply to CTRL_MODE \(register 10\) := 3"):
+        change.send({})
+    loop.sent.clear()
+    loop.order(1, Order(Kind.POSITION, 0.5, 1.0))
+    assert "7FF#0100330A00000000" in [str(frame) for frame in loop.sent]
+
+
+@pytest.mark.parametrize(
+    ("order", "detail"),
+    [
+        (Order(Kind.VELOCITY, -30.1), "-30.1 rad/s; the motor's VMAX is 30.0 rad/s"),
+        (Order(Kind.TORQUE, 10.1), "10.1 N m; the motor's TMAX is 10.0 N m"),
+    ],
+)
+def test_setpoint_beyond_the_motors_own_range_is_refused_with_both(order: Order, detail: str) -> None:
+    loop = make_loop(1)
+    loop.order(1, Order(Kind.ENABLE))
+    refusal = loop.refusal(1, order)
+    assert (refusal.reason, refusal.detail) == ("out_of_limits", detail)
 
 
 def test_stop_overrules_whoever_runs_the_motor_in_another_mode() -> None:
@@ -303,9 +398,10 @@ def test_stop_overrules_whoever_runs_the_motor_in_another_mode() -> None:
 
 def test_mode_that_cannot_be_set_is_refused_with_what_was_sent_and_read() -> None:
     family = make_loop(1).family
+    present = {1: RawFeedback(1, State.DISABLED, 0, 0, 0, 25, 25)}
     mit = {1: (0x11, encode_value(Rid.CTRL_MODE, Mode.MIT))}
     with pytest.raises(MotorRefused, match=r"sent 2, read 1"):
-        run_with_replies(family.order(1, Order(Kind.ENABLE)), [mit, mit, mit])
+        run_with_replies(family.order(1, Order(Kind.ENABLE)), [present, mit, mit, mit])
 
 
 def test_target_beyond_pmax_is_refused_with_both() -> None:
@@ -324,7 +420,7 @@ def test_hot_motor_cannot_be_enabled_until_its_fault_is_cleared() -> None:
     loop = make_loop(1)
     loop.servo(1).temperature_c = 101
     assert loop.poll(1)[1].vendor_error == State.ROTOR_OVER_TEMPERATURE
-    assert "rotor_over_temperature" in loop.refusal(1, Order(Kind.CLEAR_FAULT)).detail
+    assert "rotor over temperature" in loop.refusal(1, Order(Kind.CLEAR_FAULT)).detail
     loop.servo(1).temperature_c = 50
     assert "clear the fault first" in loop.refusal(1, Order(Kind.ENABLE)).detail
     loop.order(1, Order(Kind.CLEAR_FAULT))
@@ -362,14 +458,30 @@ def test_mit_command_with_stiffness_goes_to_its_position() -> None:
     assert loop.servo(1).position_rad == pytest.approx(1.0, abs=0.001)
 
 
-@pytest.mark.parametrize(("mode", "command"), [(Mode.VEL, make_vel(1, -0.5)), (Mode.MIT, None)])
-def test_velocity_command_turns_the_motor_at_that_velocity(mode: Mode, command: CanFrame | None) -> None:
+@pytest.mark.parametrize(
+    ("mode", "command"),
+    [
+        (Mode.VEL, make_vel(1, -0.5)),
+        (Mode.MIT, CanFrame(1, encode_mit(Mit(0, -0.5, 0, 1, 0), DM4310))),
+        (Mode.MIT, CanFrame(1, encode_mit(Mit(0, 0.5, 0, 2, -2), DM4310))),  # kd (v - v') + t = 0
+    ],
+)
+def test_velocity_command_turns_the_motor_at_that_velocity(mode: Mode, command: CanFrame) -> None:
     loop = make_loop(1)
     write(loop, 1, Rid.CTRL_MODE, mode)
     ask(loop, make_system(1, System.ENABLE))
-    assert ask(loop, command or CanFrame(1, encode_mit(Mit(0, -0.5, 0, 1, 0), DM4310)))
+    assert ask(loop, command)
     loop.wait(1)
     assert loop.servo(1).velocity_rad_s == pytest.approx(-0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(("torque_nm", "moves"), [(0.0, False), (0.15, False), (0.5, True)])
+def test_torque_moves_the_motor_if_it_overcomes_friction(torque_nm: float, moves: bool) -> None:
+    loop = make_loop(1)
+    ask(loop, make_system(1, System.ENABLE))
+    ask(loop, make_torque(1, torque_nm, DM4310))
+    loop.wait(0.2)
+    assert (loop.servo(1).position_rad > 0.05) == moves
 
 
 def test_zero_is_where_it_was_set() -> None:
@@ -403,3 +515,24 @@ def test_register_that_cannot_be_so_keeps_its_value(rid: Rid, value: float) -> N
 
 def test_unknown_register_is_not_answered() -> None:
     assert ask(make_loop(1), make_register(1, Command.READ, 77)) == []
+
+
+def test_reboot_forgets_what_was_not_saved() -> None:
+    loop = make_loop(1)
+    write(loop, 1, Rid.TIMEOUT, 100)
+    ask(loop, make_register(1, Command.SAVE, 1))
+    write(loop, 1, Rid.CTRL_MODE, Mode.VEL)
+    ask(loop, make_system(1, System.ENABLE))
+    loop.bus.reboot(loop.simulated(1))
+    assert not loop.servo(1).enabled
+    held = {rid: ask(loop, make_register(1, Command.READ, rid))[0].data[4] for rid in (Rid.TIMEOUT, Rid.CTRL_MODE)}
+    assert held == {Rid.TIMEOUT: 100, Rid.CTRL_MODE: Mode.MIT}
+
+
+def test_motor_with_a_wrong_address_says_so_in_feedback_and_registers_until_it_is_healed() -> None:
+    loop = make_loop(1)
+    requests = make_refresh(1), make_register(1, Command.READ, Rid.PMAX)
+    loop.simulated(1).faults.wrong_id = 5
+    assert [ask(loop, request)[0].data[0] & 0xF for request in requests] == [5, 5]
+    loop.simulated(1).faults.wrong_id = None
+    assert [ask(loop, request)[0].data[0] & 0xF for request in requests] == [1, 1]

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.clock import MonotonicNs
+from drivers.errors import MotorRefused
 from drivers.family import run_with_replies
 from drivers.motor import Kind, Order, Status
 from drivers.protocols.feetech_sts import (
@@ -19,8 +20,11 @@ from drivers.protocols.feetech_sts import (
     Fault,
     FeetechSts,
     Instruction,
+    Known,
+    Mode,
     Packet,
     Register,
+    SimulatedSts,
     decode_feedback,
     decode_position,
     decode_sign_magnitude,
@@ -81,6 +85,14 @@ def test_any_packets_survive_the_wire_however_it_is_cut(sent: list[Packet], cuts
     decoder = Decoder()
     received = [packet for start, end in pairwise(places) for packet in decoder.feed(wire[start:end])]
     assert received == sent
+
+
+@given(st.lists(st.one_of(st.binary(max_size=9), packets.map(encode_packet)), max_size=9), st.integers(1, 40))
+def test_every_byte_is_in_a_packet_or_skipped_or_kept(parts: list[bytes], size: int) -> None:
+    decoder = Decoder()
+    wire = b"".join(parts)
+    received = [p for at in range(0, len(wire), size) for p in decoder.feed(wire[at : at + size])]
+    assert len(wire) == sum(len(encode_packet(p)) for p in received) + decoder.skipped + len(decoder._rest)
 
 
 @given(st.lists(st.binary(max_size=300)))
@@ -153,7 +165,7 @@ def test_approach_is_never_faster_than_asked_and_never_unlimited(velocity_rad_s:
 def test_feedback_is_in_si_units() -> None:
     # position 1024, speed -100, load 0, 12.1 V, 30 C, overload, moving, current -200
     params = bytes.fromhex("00 04 64 80 00 00 79 1E 00 20 01 00 00 C8 80")
-    told = decode_feedback(params, Fault.TEMPERATURE, enabled=True)
+    told = decode_feedback(params, Fault.TEMPERATURE, Known(enabled=True))
     assert told.position_rad == pytest.approx(-pi / 2)
     assert told.velocity_rad_s == pytest.approx(-100 * 2 * pi / 4096)
     assert told.voltage_v == pytest.approx(12.1)
@@ -190,6 +202,11 @@ def read(loop: Loop, bus_id: int, register: Register, size: int) -> int:
     return int.from_bytes(reply.params, "little")
 
 
+def sync_writes(loop: Loop) -> list[bytes]:
+    """Parameters of the sync writes that the gateway sent."""
+    return [p.params for unit in loop.sent for p in Decoder().feed(unit) if p.code == Instruction.SYNC_WRITE]
+
+
 def test_servo_is_introduced_with_model_firmware_and_its_own_limits() -> None:
     loop = Loop([make_motor("feetech_sts", 1)])
     info = loop.connect(1)
@@ -222,8 +239,8 @@ def test_goal_is_at_the_present_position_before_the_torque_comes_on() -> None:
     poke(loop, 1, Register.GOAL_POSITION, encode_position(1.5).to_bytes(2, "little"))
     loop.sent.clear()
     loop.order(1, Order(Kind.ENABLE))
-    writes = [p.params for unit in loop.sent for p in Decoder().feed(unit) if p.code == Instruction.SYNC_WRITE]
-    assert writes == [bytes((42, 2, 1, 0x00, 0x08)), bytes((40, 1, 1, 1))]
+    writes = sync_writes(loop)
+    assert writes == [bytes((42, 6, 1, 0x00, 0x08, 0, 0, 0x8B, 0x02)), bytes((40, 1, 1, 1))]
     loop.wait(1)
     assert loop.servo(1).position_rad == pytest.approx(0, abs=0.002)
 
@@ -246,13 +263,119 @@ def test_creeping_velocity_creeps() -> None:
     assert loop.servo(1).position_rad < 0.003
 
 
-@pytest.mark.parametrize("kind", [Kind.ENABLE, Kind.POSITION])
-def test_servo_in_another_mode_is_not_moved(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [Kind.ENABLE, Kind.POSITION, Kind.VELOCITY, Kind.STOP])
+@pytest.mark.parametrize("mode", [Mode.PWM, Mode.STEP])
+def test_servo_in_a_mode_where_goals_mean_something_else_is_given_none(kind: Kind, mode: Mode) -> None:
     loop = make_loop(1)
-    poke(loop, 1, Register.OPERATING_MODE, b"\x01")
+    poke(loop, 1, Register.OPERATING_MODE, bytes((mode,)))
+    poke(loop, 1, Register.TORQUE_ENABLE, b"\x01")
     refusal = loop.refusal(1, Order(kind, 0.1, 0.1))
     assert refusal.reason == "refused"
-    assert "register 33) is 1" in refusal.detail
+    assert f"register 33) is {mode:d}" in refusal.detail
+    assert sync_writes(loop) == []
+
+
+def test_mode_changes_with_the_goals_of_both_modes_harmless_and_the_eeprom_locked() -> None:
+    loop = make_loop(1)
+    poke(loop, 1, Register.LOCK, b"\x00")
+    loop.order(1, Order(Kind.ENABLE))
+    loop.order(1, Order(Kind.POSITION, 2.0, 2.0))
+    loop.wait(0.5)
+    loop.sent.clear()
+    loop.order(1, Order(Kind.VELOCITY, -0.5))
+    lock, harmless, mode, speed = sync_writes(loop)
+    assert lock == bytes((55, 1, 1, 1))
+    assert harmless[:3] == bytes((42, 6, 1))
+    assert abs(int.from_bytes(harmless[3:5], "little") - encode_position(loop.servo(1).position_rad)) < 30
+    assert harmless[5:] == bytes((0, 0, 1, 0))
+    assert mode == bytes((33, 1, 1, Mode.VELOCITY))
+    assert speed == bytes((46, 2, 1)) + (0x8000 | 325).to_bytes(2, "little")
+    loop.sent.clear()
+    loop.order(1, Order(Kind.VELOCITY, 0.5))
+    assert sync_writes(loop) == [bytes((46, 2, 1)) + (325).to_bytes(2, "little")]
+
+
+def test_velocity_mode_is_gone_after_a_restart() -> None:
+    loop = make_loop(1)
+    poke(loop, 1, Register.LOCK, b"\x00")
+    loop.order(1, Order(Kind.ENABLE))
+    loop.order(1, Order(Kind.VELOCITY, 0.5))
+    ask(loop, Packet(1, Instruction.RESTART))
+    assert read(loop, 1, Register.OPERATING_MODE, 1) == Mode.POSITION
+
+
+def test_enabling_a_servo_that_was_left_in_velocity_mode_holds_it() -> None:
+    loop = make_loop(1)
+    poke(loop, 1, Register.OPERATING_MODE, b"\x01")
+    poke(loop, 1, Register.GOAL_VELOCITY, (1000).to_bytes(2, "little"))
+    loop.order(1, Order(Kind.ENABLE))
+    loop.wait(1)
+    assert read(loop, 1, Register.OPERATING_MODE, 1) == Mode.POSITION
+    assert loop.servo(1).position_rad == pytest.approx(0, abs=0.002)
+
+
+@pytest.mark.parametrize("offset", [300, -1200])
+def test_homing_offset_shifts_positions_alike_in_both_modes(offset: int) -> None:
+    loop = make_loop(1)
+    poke(loop, 1, Register.HOMING_OFFSET, encode_sign_magnitude(offset, 11).to_bytes(2, "little"))
+    loop.order(1, Order(Kind.ENABLE))
+    before = loop.poll(1)[1].position_rad
+    assert before == pytest.approx(-offset * 2 * pi / 4096, abs=0.002)
+    loop.order(1, Order(Kind.VELOCITY, 0.5))
+    assert loop.poll(1)[1].position_rad == pytest.approx(before, abs=0.005)
+    loop.wait(1)
+    turning = loop.poll(1)[1].position_rad
+    assert turning == pytest.approx(before + 0.5, abs=0.05)
+    loop.order(1, Order(Kind.STOP))
+    loop.wait(1)
+    assert loop.poll(1)[1].position_rad == pytest.approx(turning, abs=0.02)
+    assert loop.servo(1).position_rad == pytest.approx(0.5, abs=0.05)
+
+
+def test_position_is_not_told_while_the_mode_is_in_doubt() -> None:
+    loop = make_loop(1)
+    loop.order(1, Order(Kind.ENABLE))
+    change = loop.family.order(1, Order(Kind.VELOCITY, 0.5))
+    exchange = next(change)
+    while exchange.requests[0] != make_sync_write(Register.OPERATING_MODE, {1: b"\x01"}):
+        exchange = change.send(loop.exchange(exchange))
+    loop.exchange(exchange)
+    with pytest.raises(MotorRefused, match="no reply"):
+        change.send({})
+    assert loop.poll(1) == {}
+    refresh = loop.family.refresh(1)
+    assert refresh is not None
+    loop.run(refresh)
+    assert list(loop.poll(1)) == [1]
+
+
+def test_velocity_beyond_the_register_is_refused_with_both() -> None:
+    loop = make_loop(1)
+    refusal = loop.refusal(1, Order(Kind.VELOCITY, -51.0))
+    assert refusal.reason == "out_of_limits"
+    assert refusal.detail == "-51.0 rad/s is -33246 step/s; the servo takes 32767"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (0, []),
+        (Fault.VOLTAGE | Fault.OVERLOAD, ["voltage", "overload"]),
+        (0x10, ["undocumented status bit 0x10"]),
+    ],
+)
+def test_error_is_explained_bit_by_bit(error: int, words: list[str]) -> None:
+    assert list(FeetechSts.explain(error)) == words
+
+
+def test_bytes_in_no_packet_count_as_garbage() -> None:
+    loop = make_loop(1)
+    (request,) = loop.family.poll([1]).requests
+    ((_, reply),) = loop.bus.respond(request, loop.now)
+    damaged = reply[:-1] + bytes((reply[-1] ^ 1,))
+    for unit in (reply, b"\x00\xff", reply, damaged, reply[:5], reply[5:]):
+        list(loop.family.unpack(unit))
+    assert loop.family.garbage == 2 + len(damaged)
 
 
 def test_target_beyond_the_servos_own_limits_is_refused_with_both() -> None:
@@ -263,14 +386,14 @@ def test_target_beyond_the_servos_own_limits_is_refused_with_both() -> None:
 
 
 def make_state(goal: int, torque_enable: int = 1) -> bytes:
-    return STATE.layout.pack(0, torque_enable, goal, 0, 100, 1, 2048, 0, 0, 120, 25, 0, 0, 0)
+    return STATE.layout.pack(0, Mode.POSITION, torque_enable, goal, 0, 100, 1, 2048, 0, 0, 120, 25, 0, 0, 0)
 
 
 def test_write_that_did_not_take_is_refused_with_what_was_sent_and_read() -> None:
     family = FeetechSts([make_motor("feetech_sts", 1)])
     order = family.order(1, Order(Kind.POSITION, 0.0, 1.0))
     with pytest.raises(Exception, match="sent 2048 step at 651 step/s, read 7 step at 100 step/s"):
-        run_with_replies(order, [{1: make_state(5)}, {}, {1: make_state(7)}])
+        run_with_replies(order, [{1: make_state(5)}, {1: make_state(7)}])
 
 
 def test_torque_that_another_master_switched_off_is_noticed_by_refresh() -> None:
@@ -368,6 +491,57 @@ def test_locked_eeprom_forgets_at_restart_and_unlocked_does_not() -> None:
     assert read(loop, 1, Register.BAUD_RATE, 1) == 2
 
 
+def test_restart_loads_the_ram_anew() -> None:
+    loop = make_loop(1)
+    poke(loop, 1, Register.ACCELERATION, b"\x10")
+    poke(loop, 1, Register.LOCK, b"\x00")
+    poke(loop, 1, Register.MAX_TORQUE_LIMIT, (500).to_bytes(2, "little"))
+    loop.bus.reboot(loop.simulated(1))
+    assert read(loop, 1, Register.ACCELERATION, 1) == 0
+    assert read(loop, 1, Register.TORQUE_LIMIT, 2) == 500
+    assert read(loop, 1, Register.LOCK, 1) == 1
+
+
+def test_unlocking_saves_only_what_is_written_from_then_on() -> None:
+    loop = make_loop(1)
+    poke(loop, 1, Register.OPERATING_MODE, b"\x01")
+    poke(loop, 1, Register.LOCK, b"\x00")
+    poke(loop, 1, Register.PHASE, b"\x08")
+    ask(loop, Packet(1, Instruction.RESTART))
+    assert read(loop, 1, Register.OPERATING_MODE, 1) == Mode.POSITION
+    assert read(loop, 1, Register.PHASE, 1) == 8
+
+
+@pytest.mark.parametrize(("speed", "velocity_rad_s"), [(1000, 1.534), (0x8000 | 1000, -1.534), (0, 0.0)])
+def test_servo_in_velocity_mode_turns_at_its_goal_speed(speed: int, velocity_rad_s: float) -> None:
+    loop = make_loop(1)
+    poke(loop, 1, Register.TORQUE_ENABLE, b"\x01")
+    poke(loop, 1, Register.OPERATING_MODE, b"\x01")
+    poke(loop, 1, Register.GOAL_VELOCITY, speed.to_bytes(2, "little"))
+    loop.wait(0.5)
+    assert loop.servo(1).velocity_rad_s == pytest.approx(velocity_rad_s, abs=0.001)
+
+
+def test_servo_takes_up_an_old_goal_when_it_is_back_in_position_mode() -> None:
+    loop = make_loop(1)
+    poke(loop, 1, Register.TORQUE_ENABLE, b"\x01")
+    poke(loop, 1, Register.OPERATING_MODE, b"\x01")
+    poke(loop, 1, Register.GOAL_POSITION, encode_position(1.0).to_bytes(2, "little"))
+    loop.wait(1)
+    assert loop.servo(1).position_rad == 0
+    poke(loop, 1, Register.OPERATING_MODE, b"\x00")
+    loop.wait(1)
+    assert loop.servo(1).position_rad == pytest.approx(1.0, abs=0.002)
+
+
+@pytest.mark.parametrize("units", [0, 250])
+def test_reply_waits_as_long_as_register_7_says(units: int) -> None:
+    loop = Loop([make_motor("feetech_sts", 1)])
+    responder = SimulatedSts([loop.simulated(1)])
+    list(responder.respond(encode_packet(Packet(1, Instruction.WRITE, bytes((Register.RETURN_DELAY_TIME, units))))))
+    assert responder.return_delay_ns(loop.simulated(1)) == units * 2000
+
+
 def test_servo_answers_to_the_id_that_was_written_last() -> None:
     loop = make_loop(1)
     poke(loop, 1, Register.ID, b"\x07")
@@ -381,6 +555,26 @@ def test_hot_servo_says_so_in_every_reply() -> None:
     assert told.vendor_error == Fault.TEMPERATURE
     assert told.status & Status.FAULT_TEMPERATURE
     assert ask(loop, Packet(1, Instruction.PING)) == [Packet(1, Fault.TEMPERATURE)]
+
+
+@pytest.mark.parametrize(("condition", "unloads"), [(Fault.TEMPERATURE, True), (Fault.OVERLOAD, False)])
+def test_hot_servo_lets_go_if_its_unloading_condition_says_so(condition: Fault, unloads: bool) -> None:
+    loop = make_loop(1)
+    poke(loop, 1, Register.UNLOADING_CONDITION, bytes((condition,)))
+    loop.order(1, Order(Kind.ENABLE))
+    loop.servo(1).temperature_c = 75
+    loop.poll(1)
+    assert loop.servo(1).enabled != unloads
+
+
+def test_hot_servo_cannot_be_enabled_until_it_is_cooler() -> None:
+    loop = make_loop(1)
+    loop.servo(1).temperature_c = 75
+    refusal = loop.refusal(1, Order(Kind.ENABLE))
+    assert refusal.detail == "torque enable (register 40): sent 1, read 0"
+    loop.servo(1).temperature_c = 60
+    loop.order(1, Order(Kind.ENABLE))
+    assert loop.servo(1).enabled
 
 
 @given(st.lists(st.binary(max_size=40), max_size=20), st.lists(packets, max_size=5))

@@ -39,7 +39,7 @@ NOTICES: list[AnyNotice] = [
     OrderDone(2**40, 1, "torque is on"),
     OrderFailed(7, 1, "stale", "was due"),
     SamplesLost(1, 5),
-    CycleStats(1, 2, 3, 4.5, 6.5, (MotorCounts(0, 1, 2), MotorCounts(1, 3, 4))),
+    CycleStats(1, 2, 3, 4, 4.5, 6.5, (MotorCounts(0, 1, 2), MotorCounts(1, 3, 4))),
 ]
 
 

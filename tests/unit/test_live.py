@@ -64,7 +64,8 @@ def test_fault_is_named(tmp_path: Path) -> None:
     board = make_board(tmp_path)
     board.motors[0].online = True
     board.motors[0].status = Status.ENABLED | Status.FAULT_OVERLOAD | Status.FAULT_VOLTAGE
-    assert row(board, "joint1")[1] == "online, FAULT_VOLTAGE, FAULT_OVERLOAD"
+    assert row(board, "joint1")[1] == "online, fault"
+    assert "joint1 fault: voltage, overload\n" in render(board).replace(" " * 2, "")
 
 
 def test_bus_that_is_down_and_a_sick_disk_say_why(tmp_path: Path) -> None:

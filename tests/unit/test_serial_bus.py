@@ -1,13 +1,18 @@
 """The serial bus on a pseudo-terminal: what the conformance suite cannot bring about."""
 
+import errno
 import os
 import tty
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import serial
+from serial.rs485 import RS485Settings
 
-from drivers.buses import SerialSpec
+from drivers.bus import Trouble
+from drivers.buses import Rs485, SerialSpec
+from drivers.buses import serial as module
 from drivers.buses.serial import SerialBus
 from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
 from drivers.errors import BusError, BusMisconfigured
@@ -48,13 +53,13 @@ def test_every_byte_value_passes_both_ways(line: Line, bus: SerialBus) -> None:
     while len(got) < 256:
         got += os.read(line.fd, 4096)
     assert got == every
-    os.write(line.fd, every)
+    os.write(line.fd, every[::-1])  # the same bytes again would be an echo
     back = b""
     while len(back) < 256:
         received = bus.receive(after(monotonic_ns(), 60 * SECOND))
         assert received is not None
         back += received.unit
-    assert back == every
+    assert back == every[::-1]
 
 
 def test_line_that_takes_nothing_is_a_bus_error_at_the_deadline(bus: SerialBus) -> None:
@@ -89,6 +94,68 @@ def test_port_that_hangs_up_is_gone_even_while_nothing_was_asked(line: Line, bus
     with pytest.raises(BusError):
         wait_for(lambda: bus.receive(MonotonicNs(0)) is None and False)
     line.fd = os.dup(0)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENXIO, errno.ENODEV])
+def test_adapter_that_was_pulled_out_is_a_bus_error_in_the_systems_words(
+    monkeypatch: pytest.MonkeyPatch, line: Line, bus: SerialBus, number: int
+) -> None:
+    def pulled_out(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    os.write(line.fd, b"x")
+    monkeypatch.setattr(os, "read", pulled_out)
+    monkeypatch.setattr(os, "write", pulled_out)
+    with pytest.raises(BusError, match=rf"arm.*{os.strerror(number)}"):
+        bus.receive(after(monotonic_ns(), 60 * SECOND))
+    with pytest.raises(BusError, match=rf"arm.*{os.strerror(number)}"):
+        bus.send([b"x"], after(monotonic_ns(), 60 * SECOND))
+
+
+def test_echo_is_taken_off_and_counted_and_the_reply_stays(line: Line, bus: SerialBus) -> None:
+    for _ in range(3):
+        bus.send([b"ask", b"ed"], after(monotonic_ns(), 60 * SECOND))
+        os.write(line.fd, os.read(line.fd, 4096) + b"told")
+        received = bus.receive(after(monotonic_ns(), 60 * SECOND))
+        assert received is not None
+        assert received.unit == b"told"
+    assert bus.troubles == {Trouble.ECHO: 3}
+
+
+def test_echo_without_a_reply_is_nothing_at_the_deadline(line: Line, bus: SerialBus) -> None:
+    bus.send([b"asked"], after(monotonic_ns(), 60 * SECOND))
+    os.write(line.fd, b"asked")
+    assert bus.receive(after(monotonic_ns(), 5 * MS)) is None
+    wait_for(lambda: bus.receive(MonotonicNs(0)) is None and bus.troubles == {Trouble.ECHO: 1})
+
+
+def test_port_without_an_rs485_mode_is_a_misconfiguration_and_is_let_go(line: Line) -> None:
+    with pytest.raises(BusMisconfigured, match=r"arm.*no RS-485 mode"):
+        SerialBus(SerialSpec("arm", line.port, 1_000_000, Rs485()))
+    SerialBus(SerialSpec("arm", line.port, 1_000_000)).close()
+
+
+def test_rs485_settings_reach_the_driver_as_they_are_configured(monkeypatch: pytest.MonkeyPatch, line: Line) -> None:
+    given: list[RS485Settings] = []
+    monkeypatch.setattr(serial.Serial, "_set_rs485_mode", lambda _, settings: given.append(settings))
+    SerialBus(SerialSpec("arm", line.port, 1_000_000, Rs485(False, True, 3, 100))).close()
+    told = given[-1]
+    assert (told.rts_level_for_tx, told.rts_level_for_rx) == (False, True)
+    assert told.delay_before_tx is not None
+    assert told.delay_before_rx is not None
+    assert (int(told.delay_before_tx * 1000), int(told.delay_before_rx * 1000)) == (3, 100)
+
+
+def test_adapter_that_holds_bytes_back_is_told_with_what_ends_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, line: Line, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "USB_SERIAL", tmp_path)
+    timer = tmp_path / Path(line.port).name / "latency_timer"
+    timer.parent.mkdir()
+    for held_ms, hinted in (("1", False), ("16", True)):
+        timer.write_text(f"{held_ms}\n")
+        SerialBus(SerialSpec("arm", line.port, 1_000_000)).close()
+        assert (f"holds bytes back for 16 ms; `echo 1 > {timer}`" in caplog.text) == hinted
 
 
 @pytest.mark.parametrize("baudrate", [-1, -9600])

@@ -1,5 +1,6 @@
 """The physics of a simulated servo."""
 
+from collections.abc import Callable
 from math import pi
 
 import pytest
@@ -92,3 +93,68 @@ def test_result_does_not_depend_on_how_often_it_is_stepped() -> None:
         servo.move_to(pi / 2, 2)
         run(servo, 0.6, dt_s)
     assert often.position_rad == pytest.approx(seldom.position_rad, abs=1e-6)
+
+
+@pytest.mark.parametrize("velocity_rad_s", [2.0, -2.0])
+def test_velocity_is_reached_and_kept(velocity_rad_s: float) -> None:
+    servo = Servo(ServoLimits(position_rad=(-100, 100)), enabled=True)
+    servo.turn_at(velocity_rad_s)
+    states = run(servo, 3)
+    assert servo.velocity_rad_s == pytest.approx(velocity_rad_s)
+    assert servo.position_rad == pytest.approx(3 * velocity_rad_s, abs=0.1)
+    assert max(abs(state.velocity_rad_s) for state in states) <= 2.0
+
+
+def test_velocity_beyond_the_mechanics_is_what_the_mechanics_can_do() -> None:
+    servo = Servo(ServoLimits(position_rad=(-100, 100), velocity_rad_s=5), enabled=True)
+    servo.turn_at(1000)
+    run(servo, 1)
+    assert servo.velocity_rad_s == pytest.approx(5)
+
+
+def test_torque_accelerates_with_what_friction_leaves_of_it() -> None:
+    limits = ServoLimits(position_rad=(-100, 100), inertia_kg_m2=0.02, friction_nm=0.2)
+    servo = Servo(limits, enabled=True)
+    servo.push(-0.4)
+    run(servo, 0.2)
+    assert servo.velocity_rad_s == pytest.approx(-0.2 / 0.02 * 0.2)
+    assert servo.torque_nm == pytest.approx(-0.4, abs=0.01)
+
+
+@pytest.mark.parametrize("start_rad_s", [0.0, 3.0])
+def test_torque_below_friction_moves_nothing_and_lets_the_shaft_come_to_rest(start_rad_s: float) -> None:
+    servo = Servo(ServoLimits(position_rad=(-100, 100), friction_nm=0.2), enabled=True, velocity_rad_s=start_rad_s)
+    servo.push(0.1)
+    run(servo, 2)
+    assert servo.velocity_rad_s == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("drive", [lambda servo: servo.turn_at(2.0), lambda servo: servo.push(1.0)])
+def test_drive_without_torque_or_into_the_end_stop_moves_nothing(drive: Callable[[Servo], None]) -> None:
+    limp, stopped = Servo(), Servo(ServoLimits(position_rad=(-1, 1)), enabled=True, position_rad=1.0)
+    for servo in (limp, stopped):
+        before = servo.position_rad
+        drive(servo)
+        run(servo, 1)
+        assert servo.position_rad == before
+
+
+def test_hold_ends_a_drive_where_the_shaft_can_stop() -> None:
+    servo = Servo(enabled=True)
+    servo.turn_at(2.0)
+    run(servo, 0.5)
+    here = servo.position_rad
+    servo.hold()
+    run(servo, 1)
+    assert servo.velocity_rad_s == pytest.approx(0, abs=1e-3)
+    assert servo.position_rad == pytest.approx(here, abs=0.1)
+
+
+def test_stuck_encoder_tells_its_old_position_while_the_shaft_moves_on() -> None:
+    servo = Servo(enabled=True)
+    assert servo.measured_rad == servo.position_rad
+    servo.stuck_rad = servo.position_rad
+    servo.move_to(1, 5)
+    run(servo, 1)
+    assert servo.measured_rad == 0
+    assert servo.position_rad == pytest.approx(1, abs=0.001)

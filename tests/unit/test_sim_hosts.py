@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from math import pi
 from pathlib import Path
@@ -18,8 +19,10 @@ from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
 from drivers.family import CanFrame
 from drivers.motor import Motor
 from drivers.protocols import damiao, feetech_sts
-from drivers.sim.build import FaultsFile, SimulationSettings, apply_faults, build_bus, make_servo
-from drivers.sim.hosts import Host, PtySerialHost, SlcanHost, VirtualCanHost
+from drivers.sim.build import SimulationSettings, build_bus, make_servo
+from drivers.sim.faults import FaultsFile, apply_faults
+from drivers.sim.hosts import CanHost, Host, PtySerialHost, SlcanHost
+from drivers.sim.responder import Faults, Responder
 from drivers.sim.slcan import SlcanAdapter
 from tests.memory_loop import STILL, make_motor
 
@@ -90,7 +93,7 @@ def test_client_that_never_reads_delays_nobody(sts: PtySerialHost) -> None:
 
 def test_late_motor_is_late_and_the_other_is_not() -> None:
     bus = build_bus(STS, STILL, monotonic_ns())
-    apply_faults(bus.motors, {"joint1": {"delay_ms": 50}})
+    apply_faults(bus, {"joint1": {"delay_ms": 50}})
     ask = feetech_sts.make_sync_read([1, 2], 5, 1)
     with PtySerialHost(bus) as host, open_port(host.port) as port:
         sent = monotonic_ns()
@@ -263,18 +266,64 @@ def test_client_that_reads_late_loses_whole_lines_only(slcan: SlcanHost) -> None
     assert 100 < len(lines) < 30_000
 
 
-# --- python-can's virtual bus -----------------------------------------------------------------------------------------
+def test_adapter_whose_controller_is_off_takes_no_frames(slcan: SlcanHost) -> None:
+    with open_port(slcan.port) as port:
+        port.write(b"O\r" + REFRESH)
+        assert port.read(3) == b"\rz\r"
+        assert read_line(port).startswith(b"t0118")
+        vars(slcan)["_bus"].faults.bus_off = True
+        port.write(REFRESH + b"F\r")
+        assert port.read(5) == b"\aF80\r"
+
+
+# --- python-can's interfaces ------------------------------------------------------------------------------------------
+
+
+def ask(client: can.BusABC, bus_id: int) -> None:
+    request = damiao.make_refresh(bus_id)
+    client.send(can.Message(arbitration_id=request.can_id, data=request.data, is_extended_id=False))
 
 
 def test_motors_answer_on_the_virtual_bus() -> None:
     bus = build_bus(DAMIAO, STILL, monotonic_ns())
-    with VirtualCanHost(bus, "test_sim_hosts"), can.Bus(interface="virtual", channel="test_sim_hosts") as client:
+    with CanHost(bus, "test_sim_hosts"), can.Bus(interface="virtual", channel="test_sim_hosts") as client:
         for bus_id in (1, 2):
-            request = damiao.make_refresh(bus_id)
-            client.send(can.Message(arbitration_id=request.can_id, data=request.data, is_extended_id=False))
+            ask(client, bus_id)
             reply = client.recv(2)
             assert reply is not None
             assert reply.arbitration_id == 0x10 + bus_id
+
+
+def test_controller_that_goes_off_and_comes_back_says_so_in_error_frames() -> None:
+    bus = build_bus(DAMIAO, STILL, monotonic_ns())
+    with CanHost(bus, "test_error_frames"), can.Bus(interface="virtual", channel="test_error_frames") as client:
+        for bus_off, error_class in ((True, 0x40), (False, 0x100)):
+            bus.faults.bus_off = bus_off
+            told = client.recv(5)
+            assert told is not None
+            assert told.is_error_frame
+            assert told.arbitration_id == error_class
+        ask(client, 1)
+        assert (reply := client.recv(2)) is not None
+        assert not reply.is_error_frame
+
+
+def test_damaged_frame_is_told_as_a_protocol_error_in_its_crc() -> None:
+    bus = build_bus(DAMIAO, STILL, monotonic_ns())
+    bus.motors[0].faults.corrupt = 1.0
+    with CanHost(bus, "test_protocol_error"), can.Bus(interface="virtual", channel="test_protocol_error") as client:
+        ask(client, 1)
+        told = client.recv(5)
+        assert told is not None
+        assert told.is_error_frame
+        assert (told.arbitration_id, told.data[3]) == (0x088, 0x08)  # linux/can/error.h
+
+
+def test_interface_that_cannot_be_opened_is_an_os_error() -> None:
+    host = CanHost(build_bus(DAMIAO, STILL, monotonic_ns()), "nocan7", interface="socketcan")
+    with pytest.raises(OSError, match="nocan7"):
+        host.start()
+    host.stop()
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -282,7 +331,7 @@ def test_motors_answer_on_the_virtual_bus() -> None:
 
 @pytest.mark.parametrize("name", protocols.family_names())
 def test_every_family_has_a_simulated_side(name: str) -> None:
-    assert protocols.load_responder(name).__module__.endswith(name)
+    assert issubclass(protocols.load_responder(name), Responder)
 
 
 def test_unknown_family_is_a_key_error() -> None:
@@ -329,10 +378,11 @@ def test_still_motor_stands_within_its_limits_without_torque() -> None:
 
 
 def test_faults_are_exactly_those_listed() -> None:
-    motors = build_bus(STS, STILL, monotonic_ns()).motors
-    apply_faults(motors, {"joint1": {"silent": True, "delay_ms": 5}, "elbow": {}}, elsewhere=["elbow"])
+    bus = build_bus(STS, STILL, monotonic_ns())
+    motors = bus.motors
+    apply_faults(bus, {"joint1": {"silent": True, "delay_ms": 5}, "elbow": {}}, elsewhere=["elbow"])
     assert (motors[0].faults.silent, motors[0].faults.delay_ms) == (True, 5.0)
-    apply_faults(motors, {"joint2": {"delay_ms": 1.5}})
+    apply_faults(bus, {"joint2": {"delay_ms": 1.5}})
     assert (motors[0].faults.silent, motors[0].faults.delay_ms) == (False, 0.0)
     assert motors[1].faults.delay_ms == 1.5
 
@@ -340,31 +390,63 @@ def test_faults_are_exactly_those_listed() -> None:
 @pytest.mark.parametrize(
     ("faults", "named"),
     [
-        ({"joint9": {"silent": True}}, "joint9: no such motor, known are joint1, joint2"),
-        ({"joint1": {"slow": 1}}, "joint1.slow: no such fault, known are silent, delay_ms"),
+        ({"joint9": {"silent": True}}, "joint9: no such motor or bus, known are elbow, joint1, joint2, serial0"),
+        ({"joint1": {"slow": 1}}, "joint1.slow: no such fault, known are silent, delay_ms, drop, "),
         ({"joint1": {"silent": 1}}, "joint1.silent is 1; it must be true or false"),
+        ({"joint1": {"reboot": "now"}}, "joint1.reboot is 'now'; it must be true or false"),
         ({"joint1": {"delay_ms": -1}}, "joint1.delay_ms is -1; it must be a number from 0 to 10000"),
         ({"joint1": {"delay_ms": True}}, "joint1.delay_ms is True"),
         ({"joint1": {"delay_ms": float("nan")}}, "joint1.delay_ms is nan"),
-        ({"joint1": 3}, "joint1 is 3; it must be a table"),
+        ({"joint1": {"drop": 1.5}}, "joint1.drop is 1.5; it must be a number from 0 to 1"),
+        ({"joint1": {"wrong_id": 254}}, "joint1.wrong_id is 254; it must be an address of feetech_sts, from 0 to 253"),
+        ({"joint1": {"wrong_id": 1.0}}, "joint1.wrong_id is 1.0"),
+        ({"joint1": {"temperature_c": "hot"}}, "joint1.temperature_c is 'hot'; it must be a number from -50 to 300"),
+        ({"joint1": 3}, "joint1 is 3; it must be a table of faults, known are silent"),
+        ({"serial0": {"bus_off": True}}, "serial0.bus_off: no such fault, known are none on a serial bus"),
     ],
 )
 def test_wrong_fault_is_named_and_changes_nothing(faults: dict[str, object], named: str) -> None:
-    motors = build_bus(STS, STILL, monotonic_ns()).motors
+    bus = build_bus(STS, STILL, monotonic_ns(), "serial0")
     with pytest.raises(ValueError, match="ghost") as raised:
-        apply_faults(motors, {"joint2": {"silent": True}, **faults, "ghost": {}})
+        apply_faults(bus, {"joint2": {"silent": True}, **faults, "ghost": {}}, elsewhere=["elbow"])
     assert named in str(raised.value)
-    assert not motors[1].faults.silent
+    assert not bus.motors[1].faults.silent
+
+
+def test_every_fault_of_a_motor_can_be_asked_for() -> None:
+    wanted = Faults(
+        silent=True,
+        delay_ms=1.5,
+        drop=0.25,
+        corrupt=1,
+        wrong_id=7,
+        stuck_encoder=True,
+        temperature_c=90,
+        voltage_v=4.5,
+        reboot=True,
+    )
+    bus = build_bus(STS, STILL, monotonic_ns())
+    apply_faults(bus, {"joint2": asdict(wanted)})
+    assert [simulated.faults for simulated in bus.motors] == [Faults(), wanted]
+
+
+def test_fault_of_a_bus_stands_under_its_name() -> None:
+    bus = build_bus(DAMIAO, STILL, monotonic_ns(), "can0")
+    for here in (True, False):
+        apply_faults(bus, {"can0": {"bus_off": here}, "can1": {"bus_off": True}}, elsewhere=["can1"])
+        assert bus.faults.bus_off == here
+    with pytest.raises(ValueError, match=r"can0.bus_off is 1; it must be true or false"):
+        apply_faults(bus, {"can0": {"bus_off": 1}})
 
 
 def test_faults_follow_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    motors = build_bus(STS, STILL, monotonic_ns()).motors
+    bus = build_bus(STS, STILL, monotonic_ns())
     path = tmp_path / "faults.toml"
-    file = FaultsFile(path, motors)
+    file = FaultsFile(path, bus)
 
     def faults() -> list[tuple[bool, float]]:
         file.poll()
-        return [(motor.faults.silent, motor.faults.delay_ms) for motor in motors]
+        return [(motor.faults.silent, motor.faults.delay_ms) for motor in bus.motors]
 
     assert faults() == [(False, 0), (False, 0)]
     path.write_text("[joint1]\nsilent = true\n")
@@ -383,7 +465,7 @@ def test_silent_motor_behind_a_host_answers_again_when_its_file_is_gone(tmp_path
     bus = build_bus(STS, STILL, monotonic_ns())
     path = tmp_path / "faults.toml"
     path.write_text("joint1.silent = true")
-    file = FaultsFile(path, bus.motors)
+    file = FaultsFile(path, bus)
     host: Host[bytes]
     with PtySerialHost(bus, housekeeping=file.poll) as host, open_port(host.port) as port:
         wait_for(lambda: bus.motors[0].faults.silent)

@@ -5,20 +5,22 @@ import contextlib
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from numpy.typing import NDArray
 
+from drivers.bus import Bus, Received, Trouble
 from drivers.buses import CanSpec, SerialSpec
-from drivers.clock import MS, after, monotonic_ns
+from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
 from drivers.cycle import Ticket, Timing
 from drivers.motor import Kind, Order
 from drivers.notices import (
     AnyNotice,
     BusDown,
+    BusTrouble,
     BusUp,
     CycleStats,
     MotorOffline,
@@ -29,7 +31,7 @@ from drivers.notices import (
 from drivers.sim.build import build_bus
 from drivers.sim.hosts import PtySerialHost
 from gateway.simulator import SimulatedBusPlan
-from gateway.worker import Plan
+from gateway.worker import Plan, Troubles
 from gateway.workers import Child, Worker, keep_running
 from tests.gateway_parts import DEADLINE_S, until
 from tests.memory_loop import STILL, make_motor
@@ -204,6 +206,70 @@ async def test_unplugged_bus_is_told_once_with_life_signs_and_found_again(
         await until(rig.ear.hears_all)
         assert len(rig.ear.of(BusUp)) == 1
         assert rig.ear.starts == [1]
+
+
+async def test_trouble_on_the_bus_is_told_and_bus_off_takes_it_down_until_it_is_opened_again(tmp_path: Path) -> None:
+    """The controller is that of the simulated motors, which can report to everybody on the bus."""
+    motors = tuple(make_motor("damiao", bus_id, bus_id - 1) for bus_id in (1, 2))
+    faults = tmp_path / "faults.toml"
+    hosted = SimulatedBusPlan("virtual", "off", motors, STILL, faults, (), name="can0")
+    plan = Plan(CanSpec("can0", "virtual", "off", 1_000_000), motors, TIMING, realtime=False, simulation=hosted)
+    async with working(plan) as rig:
+        await until(rig.ear.hears_all)
+        assert rig.ear.of(BusTrouble) == []
+        faults.write_text("[can0]\nbus_off = true\n")
+        await until(lambda: bool(rig.ear.of(BusDown)))
+        assert rig.ear.of(BusTrouble) == [BusTrouble("error_frame", 1, "bus-off")]
+        assert "bus-off" in rig.ear.of(BusDown)[0].reason
+        assert rig.ear.of(BusDown)[0].retriable
+        faults.unlink()
+        rig.ear.samples.clear()
+        await until(rig.ear.hears_all)
+        assert len(rig.ear.of(BusUp)) == 2
+        assert rig.ear.starts == [1]
+
+
+async def test_packets_spoilt_on_the_wire_are_counted(host: PtySerialHost, plan: Plan) -> None:
+    async with working(plan) as rig:
+        await until(rig.ear.hears_all)
+        host._bus.motors[0].faults.corrupt = 1
+        await until(lambda: any(stats.garbage > 0 for stats in rig.ear.of(CycleStats)))
+
+
+class Counting(Bus[bytes]):
+    """A bus of which only the counts matter."""
+
+    def send(self, units: Sequence[bytes], deadline: MonotonicNs) -> None:
+        raise NotImplementedError
+
+    def receive(self, deadline: MonotonicNs) -> Received[bytes] | None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+def test_trouble_is_told_at_once_and_then_less_and_less_often_but_nothing_is_lost_from_the_count() -> None:
+    bus = Counting()
+    troubles = Troubles(bus)
+    told: list[tuple[int, int]] = []
+    for second in range(300):
+        bus.note(Trouble.ECHO, "an echo", times=10)
+        told += [(second, news.count) for news in troubles.news(MonotonicNs((1 + second) * SECOND))]
+    assert told == [(at, 10 * (at + 1)) for at in (0, 1, 3, 7, 15, 31, 63, 123, 183, 243)]
+
+
+def test_one_trouble_does_not_keep_another_from_being_told_and_none_is_told_without_news() -> None:
+    bus = Counting()
+    troubles = Troubles(bus)
+    now = MonotonicNs(SECOND)
+    bus.note(Trouble.ECHO, "an echo")
+    assert troubles.news(now) == [BusTrouble("echo", 1, "an echo")]
+    bus.note(Trouble.ECHO, "another")
+    bus.note(Trouble.TX_FULL, "full")
+    assert troubles.news(now) == [BusTrouble("tx_full", 1, "full")]
+    assert troubles.news(MonotonicNs(9 * SECOND)) == [BusTrouble("echo", 2, "another")]
+    assert troubles.news(MonotonicNs(99 * SECOND)) == []
 
 
 async def test_bus_that_can_never_work_is_told_as_such_and_the_worker_lives(plan: Plan) -> None:

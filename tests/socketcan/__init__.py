@@ -1,0 +1,1 @@
+"""What only a kernel with CAN can show. ``make socketcan`` runs these; the ordinary tests do not."""
