@@ -437,6 +437,12 @@ class Cycle(Generic[W]):
         ticket = job.ticket
         assert ticket is not None  # noqa: S101  order jobs are made in _start only
         self._order_jobs.remove(job)
+        if job.exchange is None:  # not begun
+            if (over_ns := monotonic_ns() - ticket.expires_ns) > 0:
+                self._fail(ticket, "stale", f"was due {over_ns / MS:.1f} ms before the bus got to it")
+                return True
+            if ticket.order.kind in DRIVES:
+                self._drive(job.tracked, ticket.order)
         try:
             ended, detail = self._step(job, until)
             if not ended:
@@ -467,17 +473,12 @@ class Cycle(Generic[W]):
 
     def _start(self, ticket: Ticket) -> _Job | None:
         tracked = self._tracked[ticket.motor]
-        if (over_ns := monotonic_ns() - ticket.expires_ns) > 0:
-            self._fail(ticket, "stale", f"was due {over_ns / MS:.1f} ms before the bus got to it")
-        elif not tracked.online:
+        if not tracked.online:
             self._fail(ticket, "motor_offline", f"{tracked.motor.name} does not answer")
-        else:
-            if ticket.order.kind in DRIVES:
-                self._drive(tracked, ticket.order)
-            job = _Job(tracked, tracked.family.order(tracked.motor.bus_id, ticket.order), ticket=ticket)
-            self._order_jobs.append(job)
-            return job
-        return None
+            return None
+        job = _Job(tracked, tracked.family.order(tracked.motor.bus_id, ticket.order), ticket=ticket)
+        self._order_jobs.append(job)
+        return job
 
     def _overrule(self, motor: int) -> None:
         """Break off what this motor is being told: it is to stop."""
