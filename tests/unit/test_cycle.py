@@ -890,3 +890,72 @@ def test_stop_of_its_own_goes_ahead_of_orders_that_wait(clock: Clock) -> None:
     kinds = [order.kind for order in plain(rig).orders]
     assert kinds.count(Kind.ENABLE) == 6
     assert kinds.index(Kind.STOP) < len(kinds) - 1
+
+
+# --- orders of several motors -----------------------------------------------------------------------------------------
+
+
+def test_motor_does_not_wait_for_the_slow_order_of_another(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock, family=Patient, steps=3)
+    rig.connect()
+    rig.motor(0).faults.delay_ms = 34
+    slow = rig.submit(Kind.ENABLE, 0)
+    rig.run(10)
+    quick = rig.submit(Kind.STOP, 1)
+    rig.run(20)
+    assert isinstance(rig.end_of(quick), OrderDone)
+    assert rig.end_of(slow) is None
+    rig.run(200)
+    assert isinstance(rig.end_of(slow), OrderDone)
+
+
+def test_stop_breaks_off_what_its_motor_is_being_told(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock, family=Patient, steps=3)
+    rig.connect()
+    rig.motor(0).faults.delay_ms = 34
+    enable = rig.submit(Kind.ENABLE, 0)
+    rig.run(20)
+    stop = rig.submit(Kind.STOP, 0)
+    assert rig.reason(enable) == "newer_command"
+    rig.run(200)
+    assert isinstance(rig.end_of(stop), OrderDone)
+
+
+# --- polls that every motor answers -----------------------------------------------------------------------------------
+
+
+class Broadcast(Plain):
+    """Each byte asks all motors, as a SYNC does."""
+
+    asks_all = True
+    patience_ns = 50 * MS
+
+    def poll(self, bus_ids: Sequence[int]) -> Exchange[bytes, int]:
+        exchange = super().poll(bus_ids)
+        return Exchange([bytes(self.motors)], exchange.expects, exchange.match, exchange.begin)
+
+
+def test_reply_to_the_poll_before_is_no_sample_where_nobody_can_be_left_out(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock, family=Broadcast)
+    rig.connect()
+    rig.run(500)
+    rig.motor(1).faults.delay_ms = 15  # a period and a half
+    samples = rig.run(500)
+    assert samples[1] == 0
+    assert samples[0] == samples[2] == 50
+    offline = rig.of(MotorOffline)[0]
+    assert offline.motor == 1
+    assert "may be to one before" in offline.reason
+    rig.motor(1).faults.delay_ms = 0
+    rig.run(1000)
+    assert rig.run(100)[1] == 10
+
+
+def test_prompt_reply_after_a_lost_one_is_a_sample(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock, family=Broadcast)
+    rig.connect()
+    rig.run(500)
+    rig.motor(1).faults.silent = True
+    rig.run(20)
+    rig.motor(1).faults.silent = False
+    assert rig.run(200)[1] >= 17
