@@ -338,7 +338,9 @@ def _print_status(found: dict[str, Any], pid: int | None, *, verbose: bool) -> N
         late = "-" if bus["late_p50_us"] is None else f"{bus['late_p50_us']:.0f}/{bus['late_max_us']:.0f} us"
         state = "up" if bus["up"] else f"down: {bus['detail']}"
         console.print(f"bus {bus['bus']}: {state}; {bus['cycles']} cycles, {bus['skipped_cycles']} skipped")
-        console.print(f"  start late by {late} (median/most), {bus['stray_packets']} stray packets")
+        console.print(
+            f"  start late by {late} (median/most), {bus['stray_packets']} stray packets, {bus['garbage']} garbage"
+        )
         if troubles := bus.get("troubles"):
             console.print("  troubles: " + ", ".join(f"{what} {count}" for what, count in troubles.items()))
     table = Table(box=SIMPLE_HEAD, padding=0)  # 80 columns, also with a long seq

@@ -49,7 +49,9 @@ def check(raw: Raw) -> Iterator[Finding]:
         yield from _connection(steps, bus, simulated="simulation" in raw)
         if bus.get("rate_hz"):
             yield from _period(steps, bus["rate_hz"], late_after_ms)
-            yield from _wire_time(steps, bus, members[name or ""])
+            has_wire = bus.get("interface") != "virtual" or (raw.get("simulation") or {}).get("wire_time")
+            if has_wire:
+                yield from _wire_time(steps, bus, members[name or ""])
 
 
 def _tables(raw: Raw, key: str) -> list[Placed]:
@@ -158,7 +160,7 @@ def _wire_time(steps: Steps, bus: Raw, members: Sequence[Placed]) -> Iterator[Fi
         if family and (motor := _driven(place, table, family)):
             by_family[family.name].append(motor)
     bits = sum(protocols.load(name).poll_bits(motors) for name, motors in by_family.items())
-    if bus.get("interface") == "virtual" or bits_per_s is None or bits * bus["rate_hz"] <= bits_per_s:
+    if bits_per_s is None or bits * bus["rate_hz"] <= bits_per_s:
         return
     polled = " and ".join(f"{len(motors)} {name}" for name, motors in by_family.items())
     yield Finding(

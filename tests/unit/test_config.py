@@ -472,6 +472,12 @@ def test_simulated_motors_on_the_virtual_bus_have_no_wire() -> None:
     loads(arm(CAN.replace("slcan", "virtual") + "2000", 6, "damiao"), "arm.toml")
 
 
+def test_wire_time_gives_the_virtual_bus_one() -> None:
+    text = arm(CAN.replace("slcan", "virtual") + "2000", 6, "damiao") + "[simulation]\nwire_time = true\n"
+    (fault,) = faults(text)
+    assert "to poll 6 damiao takes 1332 us on the wire" in fault
+
+
 def test_several_families_on_a_bus_share_its_wire(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(damiao.Damiao):
         name = "other"
