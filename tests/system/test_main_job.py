@@ -10,9 +10,11 @@ from math import pi
 import numpy as np
 import pytest
 
+from drivers import protocols
 from drivers.clock import SECOND
 from drivers.sim.build import SimulationSettings, make_servo
 from gateway import config
+from hil import families
 from hil.acceptance import MOMENTS, Phase, kills, outage, proof, rate_hz, steady
 from hil.arm import MOTORS, Arm
 from hil.judge import Sample
@@ -33,6 +35,15 @@ def test_a_run_is_complete_and_shows_the_motion(kafka: Kafka, make_arm: MakeArm,
     assert not proven.faults
     motors = [(partition.partition, partition.motor) for partition in proven.verdict.partitions]
     assert motors == list(enumerate(MOTORS))
+    for motor, samples in proven.samples.items():
+        _follows_the_wave(arm, motor, samples)
+
+
+def test_all_families_at_once_are_complete_and_show_the_motion(kafka: Kafka, make_arm: MakeArm) -> None:
+    arm = make_arm(kafka.bootstrap, sample=families.CONFIG)
+    proven = steady(arm, 5)
+    assert not proven.faults
+    assert {arm.families[motor] for motor in proven.samples} == set(protocols.family_names())
     for motor, samples in proven.samples.items():
         _follows_the_wave(arm, motor, samples)
 
