@@ -55,7 +55,9 @@ class Arm:
         self.faults = directory / "faults.toml"
         self.config = directory / "arm.toml"
         self.config.write_text(_config(sample, name, bootstrap, encoding, motion))
-        configured = tomllib.loads(self.config.read_text())["motor"]
+        tables = tomllib.loads(self.config.read_text())
+        configured = tables["motor"]
+        self.can_buses = {bus["name"] for bus in tables["bus"] if bus["type"] == "can"}
         self.motors = {motor["name"]: motor["bus"] for motor in sorted(configured, key=lambda m: m["partition"])}
         self.families = {motor["name"]: motor["protocol"] for motor in configured}
         self._mark = secrets.token_hex(8)

@@ -62,7 +62,7 @@ class Seen:
 class Fault:
     """A fault of the simulation, and what has to be seen of it.
 
-    ``of_bus``: it is the bus's, not a motor's. ``healing_is_a_step``: the position that is told then really jumps.
+    ``of_bus``: it is a CAN bus's, not a motor's. ``healing_is_a_step``: the position that is told then really jumps.
     """
 
     line: str
@@ -141,7 +141,7 @@ def play_all(arm: Arm, window_s: float) -> tuple[dict[str, tuple[Phase, Phase]],
     phases = {}
     for name, fault in FAULTS.items():
         before = _pass(window_s)
-        faulty = set(arm.motors.values()) if fault.of_bus else set(victims(arm).values())
+        faulty = arm.can_buses if fault.of_bus else set(victims(arm).values())
         arm.play(dict.fromkeys(faulty, fault.line))
         during = _pass(window_s)
         arm.play({})
@@ -166,7 +166,10 @@ async def look(arm: Arm, phases: Mapping[str, tuple[Phase, Phase]], samples: Map
     found = []
     for name, (before, during) in phases.items():
         for bus, motor in victims(arm).items():
-            faulty = set(arm.motors) if FAULTS[name].of_bus else set(victims(arm).values())
+            if FAULTS[name].of_bus and bus not in arm.can_buses:
+                continue
+            of_bus = {joint for joint, on in arm.motors.items() if on in arm.can_buses}
+            faulty = of_bus if FAULTS[name].of_bus else set(victims(arm).values())
             found.append(_look(name, arm, bus, motor, faulty, before, during, samples, events))
     return found
 

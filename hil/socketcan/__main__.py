@@ -1,4 +1,7 @@
-"""Run the suites where the kernel has vcan: ``python -m hil.socketcan [--on here|machine] [pytest's arguments]``."""
+"""Run the suites where the kernel has vcan: ``python -m hil.socketcan [--on here|machine] [pytest's arguments]``.
+
+Arguments that name no file are added to the suites; one that does takes their place.
+"""
 
 import argparse
 import os
@@ -49,7 +52,8 @@ def main() -> int:
     options, arguments = parser.parse_known_args()
     here = options.on == "here" or (options.on is None and has_vcan())
     where = f"this kernel ({os.uname().release})" if here else "Debian's kernel in QEMU"
-    command = [str(INSIDE), sys.executable, *(arguments or SUITES)]
+    chosen = any((ROOT / argument.split("::")[0]).exists() for argument in arguments)
+    command = [str(INSIDE), sys.executable, *arguments, *(() if chosen else SUITES)]
     LOG.parent.mkdir(exist_ok=True)
     began = monotonic_ns()
     with LOG.open("w") as log:
