@@ -50,6 +50,7 @@ DOUBT_NS = 1 * MS  # that a reply may take longer than twice the usual, and stil
 STARVED_CYCLES = 50  # a bus without slack still looks after its background this often
 STARVED_ORDER_CYCLES = 2  # and after its orders this often
 ORDERS_PER_MOTOR = 8
+ORDER_TRIES = 3  # of an order that nobody acknowledged: said again it asks for nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ class _Job:
     connects: bool = False
     sent_ns: int = 0  # when the exchange's requests were written; 0: not yet
     replies: dict[int, Any] = field(default_factory=dict)
+    tries: int = 1
 
     @property
     def waits(self) -> bool:
@@ -437,9 +439,10 @@ class Cycle(Generic[W]):
         ticket = job.ticket
         assert ticket is not None  # noqa: S101  order jobs are made in _start only
         self._order_jobs.remove(job)
-        if job.exchange is None:  # not begun
+        if job.exchange is None:  # not begun, or to be said again
             if (over_ns := monotonic_ns() - ticket.expires_ns) > 0:
-                self._fail(ticket, "stale", f"was due {over_ns / MS:.1f} ms before the bus got to it")
+                reason = "stale" if job.tries == 1 else "no_reply"
+                self._fail(ticket, reason, f"was due {over_ns / MS:.1f} ms before the bus got to it, try {job.tries}")
                 return True
             if ticket.order.kind in DRIVES:
                 self._drive(job.tracked, ticket.order)
@@ -453,7 +456,11 @@ class Cycle(Generic[W]):
             if ticket.number != OWN:
                 self._notices.append(OrderDone(ticket.number, ticket.motor, detail))
         except MotorRefused as refusal:
-            self._fail(ticket, refusal.reason, refusal.detail)
+            if refusal.reason == "no_reply" and job.tries < ORDER_TRIES and monotonic_ns() < ticket.expires_ns:
+                again = job.tracked.family.order(job.tracked.motor.bus_id, ticket.order)
+                self._order_jobs.append(_Job(job.tracked, again, ticket=ticket, tries=job.tries + 1))
+            else:
+                self._fail(ticket, refusal.reason, refusal.detail)
         return True
 
     def _next_order(self) -> _Job | None:

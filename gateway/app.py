@@ -140,6 +140,7 @@ class Gateway:
     async def _tick(self) -> None:
         """What is due a few times a second."""
         count = 0
+        writing: asyncio.Future[None] | None = None
         while True:
             await asyncio.sleep(TICK_S)
             count += 1
@@ -148,11 +149,14 @@ class Gateway:
             if self._publisher:
                 for view in self.board.motors.values():
                     view.acknowledged_seq = self._publisher.acknowledged(view.config.partition)
-            if count % STATUS_TICKS == 0:
-                try:
-                    self._state.write_status(self.board.snapshot())
-                except OSError as error:
-                    log.warning("status file: %s", error)
+            if count % STATUS_TICKS == 0 and (writing is None or writing.done()):  # a sick disk holds up nothing else
+                writing = asyncio.ensure_future(asyncio.to_thread(self._write_status, self.board.snapshot()))
+
+    def _write_status(self, status: dict[str, Any]) -> None:
+        try:
+            self._state.write_status(status)
+        except OSError as error:
+            log.warning("status file: %s", error)
 
     def _send(self, partition: int, ticket: Any) -> bool:
         return self._owners[partition].send(ticket)
@@ -334,7 +338,8 @@ async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, 
 async def _run_once(gateway: Gateway, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, gateway.stop)
+        # not loop.add_signal_handler: it loses a signal while the loop's pipe is full of the writer's wakes
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(gateway.stop))
     beside = asyncio.create_task(ready(gateway)) if ready else None
     try:
         await gateway.run()

@@ -36,6 +36,7 @@ LONGEST: Final = 1024  # of a packet, as in ROBOTIS's SDK
 
 STEPS_PER_TURN: Final = 4096
 CENTRE_STEP: Final = 2048
+TRUSTED: Final = 100  # polls answered in a row
 RAD_PER_STEP: Final = 2 * pi / STEPS_PER_TURN
 RAD_S: Final = 0.0239691227  # of velocity: dynamixel_hardware_interface; the e-Manual rounds it to 0.229 rev/min
 VOLT: Final = 0.1
@@ -501,7 +502,8 @@ class _Known:
     enabled: bool = False
     alert: bool = False  # of its latest reply
     hardware_error: int = 0  # register 70, as last read; 0 also while an alert has not been looked into
-    missed: bool = False  # did not reply to its latest poll
+    asked: bool = False  # by a poll, and has not replied yet
+    answered: int = TRUSTED  # polls in a row
     turns: int = 0  # of refresh
 
     def hear(self, packet: Packet) -> None:
@@ -547,9 +549,10 @@ class Dynamixel2(Family[bytes, Packet]):
     alert. A block that reaches from torque enable to temperature would be four times as long; mapping the registers
     together (indirect addresses) would take from other programs what they may have mapped there.
 
-    Fast sync read fails as a whole where one servo keeps silent, if those behind it wait for it. So servos of which one
-    missed its latest poll are asked by plain sync read, until it replies or is offline. Only one request is on the
-    wire at a time: if any servo that is asked does not know fast sync read, all are asked plainly.
+    A lost block of a fast reply takes those behind it along: they wait for it, and their checksums count on it. So
+    servos of which one missed a poll are asked by plain sync read until that one has answered ``TRUSTED`` in a row, or
+    is offline. Only one request is on the wire at a time: if any servo that is asked does not know fast sync read, all
+    are asked plainly.
     """
 
     name = "dynamixel2"
@@ -618,15 +621,17 @@ class Dynamixel2(Family[bytes, Packet]):
         def begin() -> None:
             self.reset()
             known = [self._known[bus_id] for bus_id in bus_ids]
-            requests[0] = plain if any(one.missed for one in known) else quick
             for one in known:
-                one.missed = True
+                if one.asked:
+                    one.answered = 0
+                one.asked = True
+            requests[0] = quick if all(one.answered >= TRUSTED for one in known) else plain
 
         def match(packet: Packet) -> Reply | None:
             if packet.bus_id not in asked or len(packet.params) != FEEDBACK.size:
                 return None
             known = self._known[packet.bus_id]
-            known.missed = False
+            known.asked, known.answered = False, known.answered + 1
             known.hear(packet)
             return packet.bus_id, known.decode_feedback(packet)
 

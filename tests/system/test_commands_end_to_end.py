@@ -85,7 +85,8 @@ def test_the_same_command_twice_is_carried_out_once(kafka: Kafka, make_arm: Make
     arm.start()
     record = command_record("twice", "joint5", 0.3, ttl_ms=20_000, age_ms=0)
     produce(arm, "commands", 4, [record])
-    assert wait_outcome(arm, "twice")["state"] == "done"
+    outcome = wait_outcome(arm, "twice")
+    assert outcome["state"] == "done", outcome
     produce(arm, "commands", 4, [record])
     arm.wait(lambda: len(outcomes(arm, "twice")) == 3, "an outcome of the repeat", every_s=ASK_S)
     arm.kill()

@@ -14,7 +14,7 @@ from drivers import protocols
 from drivers.buses import memory as memory_module
 from drivers.buses.memory import MemoryBus
 from drivers.clock import MS, MonotonicNs
-from drivers.cycle import ORDERS_PER_MOTOR, Cycle, Ticket, Timing
+from drivers.cycle import ORDER_TRIES, ORDERS_PER_MOTOR, Cycle, Ticket, Timing
 from drivers.errors import BusError, MotorRefused
 from drivers.family import Exchange, Family, Overheard, Procedure
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
@@ -564,6 +564,30 @@ def test_order_to_a_motor_that_keeps_silent_fails_and_the_next_is_carried_out(cl
     assert isinstance(rig.end_of(heard), OrderDone)
 
 
+def test_order_that_nobody_acknowledged_is_said_again(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.motor(1).faults.silent = True
+    ticket = rig.submit(Kind.STOP, 1)
+    while not plain(rig).orders:
+        rig.period()
+    assert rig.end_of(ticket) is None
+    rig.motor(1).faults.silent = False
+    rig.run(30)
+    assert isinstance(rig.end_of(ticket), OrderDone)
+    assert [order.kind for order in plain(rig).orders] == [Kind.STOP, Kind.STOP]
+
+
+def test_order_is_not_said_again_when_it_has_expired(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.motor(1).faults.silent = True
+    ticket = rig.submit(Kind.STOP, 1, expires_in_ms=25)
+    rig.run(100)
+    assert rig.reason(ticket) == "no_reply"
+    assert len(plain(rig).orders) == 1
+
+
 def test_order_to_a_motor_that_is_offline_fails_at_once(clock: Clock) -> None:
     rig = make_rig(clock)
     rig.connect()
@@ -858,7 +882,7 @@ def test_velocity_that_was_not_acknowledged_is_stopped_all_the_same(clock: Clock
     assert rig.reason(ticket) == "no_reply"
     rig.motor(1).faults.silent = False
     rig.run(2000)
-    assert [order.kind for order in plain(rig).orders] == [Kind.VELOCITY, Kind.STOP]
+    assert [order.kind for order in plain(rig).orders] == [*[Kind.VELOCITY] * ORDER_TRIES, Kind.STOP]
 
 
 @pytest.mark.parametrize(
@@ -888,7 +912,7 @@ def test_stop_of_its_own_goes_ahead_of_orders_that_wait(clock: Clock) -> None:
         rig.submit(Kind.ENABLE, 0)
     rig.run(500)
     kinds = [order.kind for order in plain(rig).orders]
-    assert kinds.count(Kind.ENABLE) == 6
+    assert kinds.count(Kind.ENABLE) >= 6
     assert kinds.index(Kind.STOP) < len(kinds) - 1
 
 
