@@ -30,9 +30,12 @@ class EventType(StrEnum):
     JOURNAL_FULL = "journal.full"
     JOURNAL_FAILED = "journal.failed"
     JOURNAL_RECOVERED = "journal.recovered"
+    JOURNAL_SET_ASIDE = "journal.set_aside"
     KAFKA_UP = "kafka.up"
     KAFKA_DOWN = "kafka.down"
     KAFKA_REFUSED = "kafka.refused"
+    KAFKA_CONTESTED = "kafka.contested"
+    KAFKA_TIMESTAMP_REFUSED = "kafka.timestamp_refused"
     CLOCK_STEPPED = "clock.stepped"
     COMMAND_UNREADABLE = "command.unreadable"
 
