@@ -31,6 +31,14 @@ class CanFrame:
         return f"{self.can_id:03X}#{self.data.hex().upper()}"
 
 
+class CanId(NamedTuple):
+    """An identifier that a motor uses on its bus, what for, and the key of its configuration that decides on it."""
+
+    can_id: int
+    use: str  # "replies", "commands"
+    key: str = "id"
+
+
 CAN_FRAME_BITS = 111
 """A standard frame of eight bytes with the pause behind it, without stuff bits: on the wire it is never shorter."""
 
@@ -122,6 +130,15 @@ class Family(ABC, Generic[W, P]):
     @classmethod
     def clashes(cls, motors: Sequence[Motor]) -> Iterable[tuple[Motor, str, str]]:  # noqa: ARG003  as in refresh
         """What must not be configured for these motors of one bus: (motor, key of its configuration, why)."""
+        return ()
+
+    @classmethod
+    def can_ids(cls, motor: Motor) -> Iterable[CanId]:  # noqa: ARG003  as in refresh
+        """On CAN: all standard identifiers that the motor sends or obeys, also those that are not used here.
+
+        Motors of one bus must not use an identifier for different things: one would take the other's frames for its
+        own. Those of one family may share one for the same thing, and are told apart by the data.
+        """
         return ()
 
     @abstractmethod

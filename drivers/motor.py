@@ -1,5 +1,6 @@
 """The vocabulary of motors: what one can tell (``Feedback``, ``Status``, ``SAMPLE``) and be told (``Order``)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
 from math import inf, nan
@@ -54,12 +55,26 @@ class Status(IntFlag):
         return cls(0x7F00)
 
 
+def bits_of(word: int) -> list[int]:
+    """The bits that are set in a vendor's word, lowest first."""
+    return [1 << place for place in range(word.bit_length()) if word >> place & 1]
+
+
+def common_faults(errors: int, known: Mapping[int, Status]) -> Status:
+    """The common fault bits for a vendor's error bits; one that is not among ``known`` is some other fault."""
+    faults = Status(0)
+    for bit in bits_of(errors):
+        faults |= known.get(bit, Status.FAULT_OTHER)
+    return faults
+
+
 @dataclass(frozen=True, slots=True)
 class Motor:
     """One motor as its bus knows it.
 
     ``index`` is the place of the motor on the arm (its partition); ``bus_id`` the address on the bus;
-    ``options`` whatever its family takes beyond that, an instance of that family's ``Options``.
+    ``options`` whatever its family takes beyond that, an instance of that family's ``Options``; ``position_rad`` the
+    range that it is to stay in.
     """
 
     index: int
@@ -67,6 +82,7 @@ class Motor:
     family: str
     bus_id: int
     options: Any = None
+    position_rad: tuple[float, float] = (-inf, inf)
 
 
 @dataclass(frozen=True, slots=True)

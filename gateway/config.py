@@ -314,7 +314,7 @@ class Motor(Table):
 
     def driven(self) -> driven.Motor:
         """The same motor as ``drivers`` knows it."""
-        return driven.Motor(self.partition, self.name, self.protocol, self.id, self.options)
+        return driven.Motor(self.partition, self.name, self.protocol, self.id, self.options, self.position_rad)
 
 
 class Simulation(Table):

@@ -7,10 +7,11 @@ another fault.
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
+from itertools import chain
 from typing import Any
 
 from drivers import protocols
-from drivers.family import Family
+from drivers.family import CanId, Family
 from drivers.motor import Motor
 from gateway.config_faults import Finding, Raw, instead_of, place_of, similar
 from gateway.toml_lines import Steps
@@ -39,6 +40,7 @@ def check(raw: Raw) -> Iterator[Finding]:
     for group in members.values():
         yield from _repeated(group, "id", raw)
         yield from _clashes(group)
+        yield from _can_ids(group, raw)
 
     meant = {*members, *(similar(name, by_name) for name in members)}  # a bus misspelt is not also unused
     late_after_ms = (raw.get("arm") or {}).get("late_after_ms", LATE_AFTER_MS)
@@ -95,11 +97,38 @@ def _motor(steps: Steps, motor: Raw, buses: dict[str, Raw]) -> Iterator[Finding]
 
 def _clashes(members: Sequence[Placed]) -> Iterator[Finding]:
     """What each family finds between its motors on one bus."""
-    for name in {motor.get("protocol") for _, motor in members}:
-        if family := protocols.find(name):
-            made = (_driven(steps, motor, family) for steps, motor in members if motor.get("protocol") == name)
-            for motor, key, why in family.clashes([motor for motor in made if motor]):
-                yield Finding(("motor", motor.index, key), why)
+    for name, motors in _by_family(members).items():
+        for motor, key, why in protocols.load(name).clashes(motors):
+            yield Finding(("motor", motor.index, key), why)
+
+
+def _can_ids(members: Sequence[Placed], raw: Raw) -> Iterator[Finding]:
+    """CAN identifiers that stand for different things on one bus, each two users of one once."""
+    uses: defaultdict[int, list[tuple[Motor, CanId]]] = defaultdict(list)
+    told: set[tuple[Steps, int]] = set()
+    for motor in sorted(chain(*_by_family(members).values()), key=lambda motor: motor.index):
+        for use in protocols.load(motor.family).can_ids(motor):
+            for other in uses[use.can_id]:
+                # a key that decides on nothing but this identifier is easier to change than an id
+                (at, own), (user, its) = sorted([(motor, use), other], key=lambda one: one[1].key == "id")
+                steps = ("motor", at.index, own.key)
+                same_id = at is not user and at.bus_id == user.bus_id  # is told already
+                if (at.family, own.use) == (user.family, its.use) or same_id or (steps, user.index) in told:
+                    continue
+                told.add((steps, user.index))
+                where = f"CAN identifier {own.can_id:#x}, where {place_of(('motor', user.index), raw)}"
+                yield Finding(steps, f"puts its {own.use} on {where} has its {its.use}; choose another {own.key}")
+            uses[use.can_id].append((motor, use))
+
+
+def _by_family(members: Sequence[Placed]) -> dict[str, list[Motor]]:
+    """The motors of one bus as their families know them, but for those of which what a family needs is at fault."""
+    motors: defaultdict[str, list[Motor]] = defaultdict(list)
+    for steps, table in members:
+        family = protocols.find(table.get("protocol"))
+        if family and (motor := _driven(steps, table, family)):
+            motors[family.name].append(motor)
+    return motors
 
 
 def _driven(steps: Steps, table: Raw, family: type[Family[Any, Any]]) -> Motor | None:
@@ -154,11 +183,7 @@ def _wire_time(steps: Steps, bus: Raw, members: Sequence[Placed]) -> Iterator[Fi
     """A rate that the bus cannot carry, even if every motor replied at once."""
     key, unit = ("bitrate", "bit/s") if bus["type"] == "can" else ("baudrate", "baud")
     bits_per_s = bus.get(key, BITS_PER_S)
-    by_family: defaultdict[str, list[Motor]] = defaultdict(list)
-    for place, table in members:
-        family = protocols.find(table.get("protocol"))
-        if family and (motor := _driven(place, table, family)):
-            by_family[family.name].append(motor)
+    by_family = _by_family(members)
     bits = sum(protocols.load(name).poll_bits(motors) for name, motors in by_family.items())
     if bits_per_s is None or bits * bus["rate_hz"] <= bits_per_s:
         return

@@ -11,8 +11,7 @@
 
 An SDO reply names the object that it is about, so it may come late and still be known. A segment of a longer transfer
 names nothing and has a toggle bit only; it is behind the reply that began its transfer, since a device sends in order.
-Sources: CiA 301 4.2, of which the public wording used here is in the canopen library's documentation and sources
-(sdo/, emcy.py, nmt.py) and in CANopenNode's (301/).
+Source: CiA 301 4.2, as told in the canopen library's documentation and sources (sdo/, emcy.py, nmt.py).
 """
 
 from collections.abc import Iterable
@@ -251,7 +250,6 @@ class Pdo(NamedTuple):
 # --- the client's side ------------------------------------------------------------------------------------------------
 
 SYNC_FRAME: Final = CanFrame(Cob.SYNC, b"")
-CanProcedure = Procedure[CanFrame, CanFrame, Any]
 
 
 def make_nmt(command: Nmt, node: int) -> CanFrame:

@@ -30,7 +30,7 @@ from typing import Any, Final
 
 from drivers.clock import MS
 from drivers.errors import MotorRefused
-from drivers.family import CAN_FRAME_BITS, CanFrame, Exchange, Family, Overheard, Procedure, Reply
+from drivers.family import CAN_FRAME_BITS, CanFrame, CanId, Exchange, Family, Overheard, Procedure, Reply
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
 from drivers.protocols._canopen import (
     INVALID,
@@ -157,6 +157,19 @@ class Cia402(Family[CanFrame, CanFrame]):
     def explain(cls, vendor_error: int) -> Sequence[str]:
         """The error code with its words, or those of its class (CiA 301, CiA 402)."""
         return (f"{vendor_error:04X}: {find_error(vendor_error)[0]}",) if vendor_error else ()
+
+    @classmethod
+    def can_ids(cls, motor: Motor) -> Iterable[CanId]:
+        """The predefined connection set (CiA 301): a drive obeys its RPDOs, too, though none are sent here."""
+        yield CanId(Cob.NMT, "NMT")
+        yield CanId(Cob.SYNC, "SYNC")
+        yield CanId(Cob.EMCY + motor.bus_id, "EMCY")
+        for number in range(PDOS):
+            yield CanId(Cob.TPDO1 + 0x100 * number + motor.bus_id, f"TPDO{number + 1}")
+            yield CanId(Cob.RPDO1 + 0x100 * number + motor.bus_id, f"RPDO{number + 1}")
+        yield CanId(Cob.SDO_REPLY + motor.bus_id, "SDO replies")
+        yield CanId(Cob.SDO + motor.bus_id, "SDO requests")
+        yield CanId(Cob.HEARTBEAT + motor.bus_id, "heartbeat")
 
     @classmethod
     def kinds_of(cls, motor: Motor) -> frozenset[Kind]:

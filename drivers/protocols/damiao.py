@@ -28,7 +28,7 @@ from struct import Struct
 from typing import Any, Final, NamedTuple
 
 from drivers.errors import MotorRefused
-from drivers.family import CAN_FRAME_BITS, CanFrame, Exchange, Family, Procedure, Reply
+from drivers.family import CAN_FRAME_BITS, CanFrame, CanId, Exchange, Family, Procedure, Reply
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
 from drivers.sim.responder import Responder, SimulatedMotor, as_byte
 
@@ -327,8 +327,8 @@ class Damiao(Family[CanFrame, CanFrame]):
     travels right behind the change, in one exchange (a motor that kept its mode ignores it), and once more when the
     change was read back. Modes are written to the motor's memory only: nothing is saved, its flash wears.
 
-    The position that it tells wraps at +-PMAX, and to hold one that wrapped would be to turn all the way back: a
-    velocity or torque has to stay within PMAX (``Order.within_rad``).
+    The position that it tells wraps at +-PMAX. Beyond, no limit would be seen to be passed, and to hold one that
+    wrapped would be to turn all the way back. So the motor's range (``Motor.position_rad``) has to lie inside.
     """
 
     name = "damiao"
@@ -357,13 +357,12 @@ class Damiao(Family[CanFrame, CanFrame]):
         return (_name(vendor_error),) if vendor_error else ()
 
     @classmethod
-    def clashes(cls, motors: Sequence[Motor]) -> Iterator[tuple[Motor, str, str]]:
-        """A reply with the identifier of a command would move the motor that the command belongs to."""
-        for motor in motors:
-            for other in motors:
-                if master_id_of(motor) - other.bus_id in set(Base):
-                    why = f"is the identifier of commands to id {other.bus_id} on this bus"
-                    yield motor, "master_id", f"{why}; by custom it is {motor.bus_id} + 16"
+    def can_ids(cls, motor: Motor) -> Iterable[CanId]:
+        """Commands of each mode, requests to all, and the replies, of which motors may share the identifier."""
+        yield CanId(REQUEST_ID, "requests")
+        for base in Base:
+            yield CanId(base + motor.bus_id, f"{base.name} commands")
+        yield CanId(master_id_of(motor), "replies", "master_id")
 
     def unpack(self, unit: CanFrame) -> Iterable[CanFrame]:
         """The frame itself, if it can be a motor's reply: standard, eight bytes, not on the id of our own requests."""
@@ -398,7 +397,8 @@ class Damiao(Family[CanFrame, CanFrame]):
     def connect(self, bus_id: int) -> Procedure[CanFrame, CanFrame, MotorInfo | None]:
         """Find the motor and read its scaling, mode and version.
 
-        Raises MotorRefused if its replies come with another identifier than configured, or its scaling is absurd.
+        Raises MotorRefused if its replies come with another identifier than configured, its scaling is absurd, or it
+        may be sent to where its positions wrap.
         """
         known = self._known[bus_id] = _Known(self._known[bus_id].master_id)
         found = yield from self._introduce(bus_id)
@@ -412,6 +412,10 @@ class Damiao(Family[CanFrame, CanFrame]):
         absurd = [f"{rid.name} is {value}" for rid, value in zip(SCALING, scale, strict=True) if not 0 < value < inf]
         if absurd:
             raise MotorRefused("refused", f"motor {bus_id}: {', '.join(absurd)}; each must be finite and above 0")
+        low, high = self.motors[bus_id].position_rad
+        if isfinite(high - low) and not -scale.pmax_rad < low <= high < scale.pmax_rad:
+            wrong = f"motor {bus_id}: position_rad is {low:g} to {high:g}, and its positions wrap at {scale.pmax_rad:g}"
+            raise MotorRefused("refused", f"{wrong}: set limits inside, or a larger PMAX (register 21) of the motor")
         known.scale, known.mode = scale, int(info.details[Rid.CTRL_MODE.name])
         return info
 

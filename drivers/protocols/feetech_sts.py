@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 
 from drivers.errors import MotorRefused
 from drivers.family import Exchange, Family, Procedure, Reply
-from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
+from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status, bits_of, common_faults
 from drivers.sim.responder import Responder, SimulatedMotor, as_byte
 
 BROADCAST: Final = 0xFE
@@ -126,12 +126,12 @@ class Fault(IntFlag):
     OVERLOAD = 1 << 5
 
 
-_FAULTS: Final = {
-    Fault.VOLTAGE: (Status.FAULT_VOLTAGE, "voltage"),
-    Fault.ENCODER: (Status.FAULT_ENCODER, "magnetic encoder"),
-    Fault.TEMPERATURE: (Status.FAULT_TEMPERATURE, "temperature"),
-    Fault.CURRENT: (Status.FAULT_CURRENT, "current"),
-    Fault.OVERLOAD: (Status.FAULT_OVERLOAD, "overload"),
+_COMMON: Final[Mapping[int, Status]] = {
+    Fault.VOLTAGE: Status.FAULT_VOLTAGE,
+    Fault.ENCODER: Status.FAULT_ENCODER,
+    Fault.TEMPERATURE: Status.FAULT_TEMPERATURE,
+    Fault.CURRENT: Status.FAULT_CURRENT,
+    Fault.OVERLOAD: Status.FAULT_OVERLOAD,
 }
 
 # --- packets ----------------------------------------------------------------------------------------------------------
@@ -316,9 +316,8 @@ def decode_feedback(params: bytes, error: int, known: Known) -> Feedback:
     status = Status.ENABLED if known.enabled else Status(0)
     if moving:
         status |= Status.MOVING
-    for bit, (common, _name) in _FAULTS.items():
-        if vendor_error & bit:
-            status |= common
+    if vendor_error:
+        status |= common_faults(vendor_error, _COMMON)
     return Feedback(
         position_rad=decode_position(known.place(decode_sign_magnitude(position, SIGN_BIT))),
         velocity_rad_s=decode_sign_magnitude(speed, SIGN_BIT) * RAD_PER_STEP,
@@ -359,9 +358,8 @@ class FeetechSts(Family[bytes, Packet]):
 
     @classmethod
     def explain(cls, vendor_error: int) -> Sequence[str]:
-        """The bits of register 65."""
-        bits = [1 << bit for bit in range(vendor_error.bit_length()) if vendor_error >> bit & 1]
-        return [_FAULTS[Fault(bit)][1] if bit in _FAULTS else f"undocumented status bit {bit:#x}" for bit in bits]
+        """The bits of register 65 by name; one that the table does not list by its number."""
+        return [_name(bit) for bit in bits_of(vendor_error)]
 
     @classmethod
     def poll_bits(cls, motors: Sequence[Motor]) -> int:
@@ -531,6 +529,11 @@ class FeetechSts(Family[bytes, Packet]):
         state = yield from self._read_state(bus_id, make_sync_write(Register.GOAL_VELOCITY, {bus_id: data}))
         if state.goal_speed != speed:
             raise MotorRefused("refused", f"goal speed: sent {speed} step/s, read {state.goal_speed} step/s")
+
+
+def _name(bit: int) -> str:
+    name = Fault(bit).name if bit in _COMMON else None
+    return name.lower() if name else f"bit {bit.bit_length() - 1}"
 
 
 def _read(bus_id: int, block: Block, *writes: bytes) -> Exchange[bytes, Packet]:

@@ -13,31 +13,30 @@
 
 Little-endian; always eight bytes. All replies of a motor share one identifier: they are told apart by their code, so
 that the reply to an order never passes for a poll's. Own requests have identifiers on which no motor replies, and ids
-1 to 32 keep all of them apart: nothing can clash between motors of this family. (241 to 260 are also RPDO1 of CANopen
-nodes 65 to 96, which must not share the bus.)
+1 to 32 keep all of them apart: nothing can clash between motors of this family.
 
 Sources: MyActuator Motor Motion Protocol V4.2 and V4.4; 2b-t/myactuator_rmd test/protocol and actuator_state.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from functools import reduce
 from math import inf, isfinite, nan, radians
-from operator import or_
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
 from drivers.clock import MS
 from drivers.errors import MotorRefused
-from drivers.family import CAN_FRAME_BITS, CanFrame, Exchange, Family, Overheard, Procedure, Reply
-from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
+from drivers.family import CAN_FRAME_BITS, CanFrame, CanId, Exchange, Family, Overheard, Procedure, Reply
+from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status, bits_of, common_faults
 from drivers.sim.responder import Responder, SimulatedMotor
 from drivers.sim.servo import Drive
 
 COMMAND_ID: Final = 0x140
 REPLY_ID: Final = 0x240
 ALL_MOTORS_ID: Final = 0x280
+MOTION_ID: Final = 0x400  # motion mode: a command that moves the motor, not used here, ...
+MOTION_REPLY_ID: Final = 0x500  # ... and its reply
 
 AMPERE: Final = 0.01
 VOLT: Final = 0.1
@@ -99,7 +98,7 @@ class Error(IntFlag):
     ENCODER_DATA = 0x4000
 
 
-_COMMON: Final[dict[int, Status]] = {
+COMMON: Final[Mapping[int, Status]] = {
     Error.MOTOR_STALL: Status.FAULT_OVERLOAD,
     Error.LOW_VOLTAGE: Status.FAULT_VOLTAGE,
     Error.OVER_VOLTAGE: Status.FAULT_VOLTAGE,
@@ -110,15 +109,6 @@ _COMMON: Final[dict[int, Status]] = {
     Error.ENCODER_CALIBRATION: Status.FAULT_ENCODER,
     Error.ENCODER_DATA: Status.FAULT_ENCODER,
 }
-
-
-def common_faults(errors: int) -> Status:
-    """The common fault bits for an error word; a bit that no page lists is some other fault."""
-    return reduce(or_, (_COMMON.get(bit, Status.FAULT_OTHER) for bit in _bits(errors)), Status(0))
-
-
-def _bits(word: int) -> list[int]:
-    return [1 << bit for bit in range(word.bit_length()) if word >> bit & 1]
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------
@@ -300,7 +290,16 @@ class RmdX(Family[CanFrame, CanFrame]):
     @classmethod
     def explain(cls, vendor_error: int) -> Sequence[str]:
         """The error bits of 9A by name; a bit that no page lists by its value."""
-        return [_words(bit) for bit in _bits(vendor_error)]
+        return [_words(bit) for bit in bits_of(vendor_error)]
+
+    @classmethod
+    def can_ids(cls, motor: Motor) -> Iterable[CanId]:
+        """Commands, to this motor and to all, and their replies; those of the motion mode, too."""
+        yield CanId(ALL_MOTORS_ID, "commands to all")
+        yield CanId(COMMAND_ID + motor.bus_id, "commands")
+        yield CanId(REPLY_ID + motor.bus_id, "replies")
+        yield CanId(MOTION_ID + motor.bus_id, "motion mode commands")
+        yield CanId(MOTION_REPLY_ID + motor.bus_id, "motion mode replies")
 
     @classmethod
     def kinds_of(cls, motor: Motor) -> frozenset[Kind]:
@@ -470,7 +469,8 @@ class RmdX(Family[CanFrame, CanFrame]):
 
     def _note(self, bus_id: int, status: Status1) -> None:
         known = self._known[bus_id]
-        known.voltage_v, known.errors, known.faults = status.voltage_v, status.errors, int(common_faults(status.errors))
+        known.voltage_v, known.errors = status.voltage_v, status.errors
+        known.faults = int(common_faults(status.errors, COMMON))
         known.armed = known.armed and not status.errors
 
     def _read_loop(self, bus_id: int) -> Procedure[CanFrame, CanFrame, int]:

@@ -6,7 +6,7 @@ import dynamixel_sdk
 import pytest
 
 from drivers.clock import SECOND, after, monotonic_ns
-from drivers.protocols.dynamixel2 import Register
+from drivers.protocols._dynamixel2 import Register
 from drivers.sim.build import build_bus
 from drivers.sim.hosts import PtySerialHost
 from tests.memory_loop import STILL, make_motor

@@ -134,6 +134,18 @@ def test_own_requests_are_no_replies(name: str) -> None:
             assert exchange.match(packet) is None
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).medium == "can"])
+def test_every_identifier_on_the_bus_is_among_those_that_the_motors_are_said_to_use(name: str) -> None:
+    loop, (first, *_) = make_loop(name)
+    loop.poll(first)
+    for kind in kinds_of(name) - {Kind.ENABLE}:
+        loop.order(first, Order(Kind.ENABLE))
+        loop.order(first, Order(kind, 0.1, 0.1))
+    heard = [reply for unit in list(loop.sent) for _, reply in loop.bus.respond(unit, loop.now)]
+    stated = {use.can_id for motor in loop.family.motors.values() for use in loop.family.can_ids(motor)}
+    assert {frame.can_id for frame in (*loop.sent, *heard)} <= stated
+
+
 @given(units=st.lists(st.tuples(st.integers(0, 0x7FF), st.binary(max_size=64))))
 @taking()
 def test_noise_never_raises_on_either_side(name: str, units: list[tuple[int, bytes]]) -> None:

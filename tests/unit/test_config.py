@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from drivers import motor as driven
 from drivers import protocols
+from drivers.family import CanId
 from drivers.protocols import damiao
 from gateway.config import CanBus, Config, ConfigError, Motor, Rs485, SerialBus, load, loads, with_kafka
 
@@ -98,9 +99,9 @@ def test_a_good_file_becomes_a_config() -> None:
 def test_motors_are_found_by_bus_and_become_the_drivers_motors() -> None:
     config = loads(changed(("id = 1\n", "id = 1\nmaster_id = 0x20\n")), "arm.toml")
     (joint1,) = config.motors_on("can0")
-    assert joint1.driven() == driven.Motor(0, "joint1", "damiao", 1, damiao.Options(master_id=0x20))
+    assert joint1.driven() == driven.Motor(0, "joint1", "damiao", 1, damiao.Options(master_id=0x20), (-1, 1.5))
     (joint2,) = config.motors_on("serial0")
-    assert joint2.driven() == driven.Motor(1, "joint2", "feetech_sts", 2)
+    assert joint2.driven() == driven.Motor(1, "joint2", "feetech_sts", 2, position_rad=(-1, 1))
     assert config.motors_on("elsewhere") == ()
 
 
@@ -270,7 +271,7 @@ RELATIONS = [
     (("rate_hz = 100", 'rate_hz = 100\noptions = { channel = "can1" }'), '10: bus[0] "can0" options.channel = "can1": is a key of the bus itself; set it there'),
     (("rate_hz = 100", 'rate_hz = 100\nport = "x"'), '10: bus[0] "can0" port: unknown; known: bitrate, channel, data_bitrate, fd, interface, name, options, rate_hz, type'),
     (("id = 1\n", "id = 1\nmaster_id = true\n"), '23: motor[0] "joint1" master_id = true: must be a whole number'),
-    (("id = 1\n", "id = 1\nmaster_id = 0x101\n"), '23: motor[0] "joint1" master_id = 257: is the identifier of commands to id 1 on this bus; by custom it is 1 + 16'),
+    (("id = 1\n", "id = 1\nmaster_id = 0x101\n"), '23: motor[0] "joint1" master_id = 257: puts its replies on CAN identifier 0x101, where motor[0] "joint1" has its POS_VEL commands; choose another master_id'),
     (("id = 1\n", "id = 1\nwheels = 4\n"), '23: motor[0] "joint1" wheels: unknown; known: bus, id, master_id, name, partition, position_rad, position_tolerance_rad, protocol, temperature_c, torque_nm, velocity_rad_s'),
     (("id = 2\n", "id = 2\nmaster_id = 17\n"), '33: motor[1] "joint2" master_id: unknown; known: bus, id, name, partition, position_rad, position_tolerance_rad, protocol, temperature_c, torque_nm, velocity_rad_s'),
     (("temperature_c", "temprature_c = 1\ntemperature_c"), '25: motor[0] "joint1" temprature_c: unknown; did you mean "temperature_c"?'),
@@ -379,14 +380,67 @@ def test_two_motors_with_one_id_on_one_bus_are_reported() -> None:
 def test_a_clash_between_motors_is_reported_beside_other_faults_of_theirs() -> None:
     found = faults(changed(("id = 1\n", "id = 1\nmaster_id = 1\n"), ("temperature_c = 80.0", "temperature_c = 800")))
     assert [line.split(":")[0] for line in found] == ["23", "26"]
-    assert "is the identifier of commands to id 1 on this bus" in found[0]
+    assert 'CAN identifier 0x1, where motor[0] "joint1" has its MIT commands' in found[0]
 
 
-def test_a_damiao_reply_that_would_command_another_motor_is_reported() -> None:
-    text = changed(
-        ('"serial0"\nprotocol = "feetech_sts"\nid = 2', '"can0"\nprotocol = "damiao"\nid = 2\nmaster_id = 0x201')
+CANOPEN = 'protocol = "cia402"\nunits_per_turn = 36000\n'
+DAMIAO = 'protocol = "damiao"\n'
+RMD_X = 'protocol = "rmd_x"\n'
+
+
+def two_on_can(first: str, second: str) -> str:
+    """The keys, protocol to id, of two motors on one bus."""
+    return changed(
+        ('protocol = "damiao"\nid = 1', first),
+        ('bus = "serial0"\nprotocol = "feetech_sts"\nid = 2', f'bus = "can0"\n{second}'),
+        ('[[bus]]\nname = "serial0"\ntype = "serial"\nport = "/dev/ttyUSB0"\nrate_hz = 200.5\n', ""),
     )
-    assert any("motor[1]" in line and "is the identifier of commands to id 1" in line for line in faults(text))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "place", "clash"),
+    [
+        (DAMIAO + "id = 1", DAMIAO + "id = 2\nmaster_id = 0x201",
+         'motor[1] "joint2" master_id = 513', 'replies on CAN identifier 0x201, where motor[0] "joint1" has its VEL commands'),
+        (DAMIAO + "id = 2\nmaster_id = 0x301", DAMIAO + "id = 1",
+         'motor[0] "joint1" master_id = 769', 'replies on CAN identifier 0x301, where motor[1] "joint2" has its FORCE_POS commands'),
+        (DAMIAO + "id = 1\nmaster_id = 0", CANOPEN + "id = 2",
+         'motor[0] "joint1" master_id = 0', 'replies on CAN identifier 0x0, where motor[1] "joint2" has its NMT'),
+        (CANOPEN + "id = 2", DAMIAO + "id = 1\nmaster_id = 0x80",
+         'motor[1] "joint2" master_id = 128', 'replies on CAN identifier 0x80, where motor[0] "joint1" has its SYNC'),
+        (RMD_X + "id = 3", DAMIAO + "id = 1\nmaster_id = 0x143",
+         'motor[1] "joint2" master_id = 323', 'replies on CAN identifier 0x143, where motor[0] "joint1" has its commands'),
+        (DAMIAO + "id = 1\nmaster_id = 0x280", RMD_X + "id = 3",
+         'motor[0] "joint1" master_id = 640', 'replies on CAN identifier 0x280, where motor[1] "joint2" has its commands to all'),
+        (RMD_X + "id = 1", CANOPEN + "id = 65",
+         'motor[1] "joint2" id = 65', 'RPDO1 on CAN identifier 0x241, where motor[0] "joint1" has its replies'),
+        (CANOPEN + "id = 96", RMD_X + "id = 32",
+         'motor[1] "joint2" id = 32', 'replies on CAN identifier 0x260, where motor[0] "joint1" has its RPDO1'),
+    ],
+)  # fmt: skip
+def test_a_can_identifier_with_two_meanings_is_reported(first: str, second: str, place: str, clash: str) -> None:
+    (found,) = faults(two_on_can(first, second))
+    key = place.split()[2]
+    assert found.partition(": ")[2] == f"{place}: puts its {clash}; choose another {key}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (DAMIAO + "id = 1\nmaster_id = 0", DAMIAO + "id = 2\nmaster_id = 0"),
+        (CANOPEN + "id = 1", CANOPEN + "id = 127"),
+        (RMD_X + "id = 1", RMD_X + "id = 32"),
+        (RMD_X + "id = 1", CANOPEN + "id = 64"),
+        (DAMIAO + "id = 1", CANOPEN + "id = 2"),
+        (DAMIAO + "id = 15", RMD_X + "id = 16"),
+    ],
+)
+def test_motors_that_cannot_be_mistaken_may_share_a_can_bus(first: str, second: str) -> None:
+    assert len(loads(two_on_can(first, second), "arm.toml").motors_on("can0")) == 2
+
+
+def test_motors_of_two_families_with_one_id_are_told_so_and_no_more() -> None:
+    assert len(faults(two_on_can(DAMIAO + "id = 1", CANOPEN + "id = 1"))) == 1
 
 
 def test_an_option_that_the_family_itself_refuses_is_reported_at_its_key() -> None:
@@ -485,6 +539,10 @@ def test_several_families_on_a_bus_share_its_wire(monkeypatch: pytest.MonkeyPatc
         @classmethod
         def poll_bits(cls, motors: Sequence[driven.Motor]) -> int:
             return 1000 * len(motors)
+
+        @classmethod
+        def can_ids(cls, motor: driven.Motor) -> Sequence[CanId]:
+            return ()
 
     real = protocols.load
     monkeypatch.setattr(protocols, "family_names", lambda: ("damiao", "other"))

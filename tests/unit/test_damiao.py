@@ -1,7 +1,7 @@
 """Damiao: frames on the wire, the gateway's decisions, the simulated motors' registers and modes."""
 
 from dataclasses import replace
-from math import isnan
+from math import inf, isnan
 from struct import pack
 
 import pytest
@@ -176,6 +176,20 @@ def test_absurd_scaling_is_refused_by_name_and_value(value: float) -> None:
     ]  # fmt: skip
     with pytest.raises(MotorRefused, match=f"VMAX is {value}"):
         run_with_replies(family.connect(1), replies)
+
+
+@pytest.mark.parametrize("limits", [(-1.0, 12.6), (-12.5, 12.5), (-13.0, 1.0)])
+def test_motor_that_may_go_where_its_positions_wrap_is_refused_with_both(limits: tuple[float, float]) -> None:
+    loop = Loop([replace(make_motor("damiao", 1), position_rad=limits)])
+    told = f"position_rad is {limits[0]:g} to {limits[1]:g}, and its positions wrap at 12.5"
+    with pytest.raises(MotorRefused, match=told):
+        loop.connect(1)
+    assert loop.poll(1) == {}
+
+
+@pytest.mark.parametrize("limits", [(-12.4, 12.4), (-inf, inf)])
+def test_motor_that_stays_within_pmax_or_whose_range_nobody_knows_is_connected(limits: tuple[float, float]) -> None:
+    assert Loop([replace(make_motor("damiao", 1), position_rad=limits)]).connect(1)
 
 
 def test_replies_with_another_identifier_are_refused_with_what_to_set() -> None:

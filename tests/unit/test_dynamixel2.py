@@ -12,7 +12,7 @@ from drivers.clock import MonotonicNs
 from drivers.errors import MotorRefused
 from drivers.family import Exchange, run_with_replies
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
-from drivers.protocols.dynamixel2 import (
+from drivers.protocols._dynamixel2 import (
     ALERT,
     BROADCAST,
     CONTROL,
@@ -22,9 +22,7 @@ from drivers.protocols.dynamixel2 import (
     LONGEST,
     RAD_S,
     STATE,
-    TRUSTED,
     Decoder,
-    Dynamixel2,
     Error,
     HardwareError,
     Instruction,
@@ -43,6 +41,7 @@ from drivers.protocols.dynamixel2 import (
     make_sync_read,
     make_sync_write,
 )
+from drivers.protocols.dynamixel2 import TRUSTED, Dynamixel2
 from drivers.sim.build import SimulationSettings
 from tests.memory_loop import STILL, Loop
 
@@ -338,11 +337,9 @@ def make_loop(
     return loop
 
 
-def make_state(
-    mode: int = 3, torque_enable: int = 0, drive_mode: int = 0, hardware_error: int = 0, goal: int = 2048
-) -> Packet:
-    settings = (250, drive_mode, mode, 10, 1193, 350, 4095, 0, torque_enable, 2, hardware_error)
-    return Packet(1, Instruction.STATUS, STATE.layout.pack(*settings, 0, 885, 1193, 0, 0, 100, goal, 2048))
+def make_state(torque_enable: int = 0, drive_mode: int = 0) -> Packet:
+    settings = (250, drive_mode, OperatingMode.POSITION, 10, 1193, 350, 4095, 0, torque_enable, 2, 0)
+    return Packet(1, Instruction.STATUS, STATE.layout.pack(*settings, 0, 2048))
 
 
 def connect(
@@ -614,6 +611,7 @@ def test_every_bit_of_the_hardware_error_has_its_common_one() -> None:
         (0x20, Status.FAULT_OVERLOAD),
         (0x40, Status.FAULT_OTHER),
         (0x21, Status.FAULT_VOLTAGE | Status.FAULT_OVERLOAD),
+        (0x41, Status.FAULT_VOLTAGE | Status.FAULT_OTHER),
     ]:
         poll_reply(family, bytes(FEEDBACK.size), error=ALERT)
         read = family.refresh(1)

@@ -357,14 +357,17 @@ def test_velocity_beyond_the_register_is_refused_with_both() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "status", "words"),
     [
-        (0, []),
-        (Fault.VOLTAGE | Fault.OVERLOAD, ["voltage", "overload"]),
-        (0x10, ["undocumented status bit 0x10"]),
+        (0, Status(0), []),
+        (Fault.VOLTAGE | Fault.OVERLOAD, Status.FAULT_VOLTAGE | Status.FAULT_OVERLOAD, ["voltage", "overload"]),
+        (0x40, Status.FAULT_OTHER, ["bit 6"]),
+        (0x11, Status.FAULT_VOLTAGE | Status.FAULT_OTHER, ["voltage", "bit 4"]),
     ],
 )
-def test_error_is_explained_bit_by_bit(error: int, words: list[str]) -> None:
+def test_every_error_bit_has_a_common_one_and_a_word(error: int, status: Status, words: list[str]) -> None:
+    told = decode_feedback(bytes(FEEDBACK.size), error, Known())
+    assert (told.status, told.vendor_error) == (status, error)
     assert list(FeetechSts.explain(error)) == words
 
 

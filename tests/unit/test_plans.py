@@ -86,7 +86,7 @@ def test_timing_and_motors_are_those_of_the_bus() -> None:
     plans = worker_plans(make_config(), LINKS)
     assert plans["usb"].timing == Timing(4 * MS, 20_500_000, 100 * MS)
     assert plans["serial0"].timing.period_ns == 3_003_003
-    assert plans["serial0"].motors == (Motor(3, "joint3", "feetech_sts", 3),)
+    assert plans["serial0"].motors == (Motor(3, "joint3", "feetech_sts", 3, position_rad=(-1.0, 3.5)),)
     assert not plans["usb"].realtime
 
 

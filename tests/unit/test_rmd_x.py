@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from drivers.errors import MotorRefused
 from drivers.family import CAN_FRAME_BITS, CanFrame, run_with_replies
-from drivers.motor import Feedback, Kind, Motor, Order, Status
+from drivers.motor import Feedback, Kind, Motor, Order, Status, common_faults
 from drivers.protocols.rmd_x import (
     ALL_MOTORS_ID,
     COMMAND_ID,
+    COMMON,
     REPLY_ID,
     Command,
     Error,
@@ -21,7 +22,6 @@ from drivers.protocols.rmd_x import (
     RmdX,
     Status1,
     Status2,
-    common_faults,
     decode_long,
     decode_model,
     decode_status_1,
@@ -300,7 +300,7 @@ def test_error_that_a_motor_sends_by_itself_is_in_the_next_sample() -> None:
     ],
 )  # fmt: skip
 def test_errors_have_a_common_bit_and_words(errors: int, status: Status, words: list[str]) -> None:
-    assert common_faults(errors) == status
+    assert common_faults(errors, COMMON) == status
     assert list(RmdX.explain(errors)) == words
 
 
