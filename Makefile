@@ -16,11 +16,12 @@ setup: .venv/installed ## make .venv, and see to Java, Maven and Kafka's jars fo
 demo: .venv/installed ## show six simulated motors live (needs Python only); ARGS="..." are its options
 	@$(BIN)/servo-gateway demo $(ARGS)
 
-test: setup lint ## lint, then all tests against a real Kafka broker, with coverage
+test: setup lint ## lint, all tests against a real Kafka broker, with coverage, and the CAN suites on SocketCAN
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
+	@$(MAKE) --no-print-directory socketcan ARGS=
 
 socketcan: .venv/installed ## the CAN suites on real SocketCAN: this kernel's vcan, or Debian's kernel in QEMU
 	@hil/prerequisites.sh socketcan

