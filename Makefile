@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHON PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test socketcan lint format lock bench clean
+.PHONY: help setup demo test socketcan torture lint format lock bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -26,6 +26,9 @@ test: setup lint ## lint, all tests against a real Kafka broker, with coverage, 
 socketcan: .venv/installed ## the CAN suites on real SocketCAN: this kernel's vcan, or Debian's kernel in QEMU
 	@hil/prerequisites.sh socketcan
 	$(BIN)/python -m hil.socketcan $(ARGS)
+
+torture: setup ## every fault there is, alone and then at random for 30 minutes; ARGS="..." are its options
+	$(BIN)/python -m hil.torture $(ARGS)
 
 lint: .venv/installed ## style, types and the direction of imports
 	$(BIN)/ruff check

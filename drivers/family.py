@@ -60,6 +60,14 @@ class Overheard(NamedTuple):
     reconnect: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A motor that waits for nothing but the trigger of its setpoint; ``told``: what it does then, in words."""
+
+    trigger: Any  # its family's own
+    told: str
+
+
 def _nothing() -> None:
     """Nothing to forget."""
 
@@ -101,6 +109,9 @@ class Family(ABC, Generic[W, P]):
     """Frozen dataclass of extra keys in a motor's configuration; raises ValueError for a value that cannot be."""
     asks_all: ClassVar[bool] = False
     """Whether every motor of the bus replies to a poll, also one that the poll leaves out (a SYNC)."""
+    watchdog: ClassVar[bool] = False
+    """Whether its motors stop by themselves when they hear nothing: armed as ``Motor.watchdog_ns`` says, by the first
+    order that can move a motor since it was connected, and by nothing else. What ``poll`` sends must feed it."""
     examples: ClassVar[Sequence[Any]] = (None,)
     """``Options`` of motors that tests, benchmarks and examples use, the plainest first; None without ``Options``."""
     bit_rates: ClassVar[Sequence[int]] = (1_000_000,)  # where a scan looks for its motors, the usual one first
@@ -171,6 +182,38 @@ class Family(ABC, Generic[W, P]):
     @abstractmethod
     def order(self, bus_id: int, order: Order) -> Procedure[W, P, str]:
         """Carry out an order and see that the motor took it; returns what was seen. Raises MotorRefused."""
+
+    @abstractmethod
+    def prepare(self, bus_id: int, order: Order) -> Procedure[W, P, Ready]:
+        """Say all of a setpoint that may be said before it takes effect, and that moves nothing yet.
+
+        Raises MotorRefused, as ``order`` does.
+        """
+
+    @abstractmethod
+    def fire(self, ready: Mapping[int, Ready]) -> Exchange[W, P]:
+        """The trigger of all these motors at once, in as few and as close units as the wire has for it."""
+
+    @abstractmethod
+    def confirm(self, bus_id: int, ready: Ready, reply: Any) -> Procedure[W, P, str]:
+        """See that a motor took what was fired; ``reply``: its reply to that, None if there was none.
+
+        Returns what was seen; raises MotorRefused.
+        """
+
+    def set_alone(self, bus_id: int, order: Order) -> Procedure[W, P, str]:
+        """A setpoint for one motor: a group of one."""
+        ready = yield from self.prepare(bus_id, order)
+        replies = yield self.fire({bus_id: ready})
+        return (yield from self.confirm(bus_id, ready, replies.get(bus_id)))
+
+    @abstractmethod
+    def halt(self, bus_ids: Iterable[int]) -> Exchange[W, P]:
+        """Bring these motors to rest, in the quickest way that the wire has, from what is known of them already.
+
+        No more than a first blow: a ``Kind.STOP`` for each of them sees that they took it. Nothing for a motor whose
+        torque is known to be off; torque is taken away only where a motor has no stop that holds.
+        """
 
     def refresh(self, bus_id: int) -> Procedure[W, P, None] | None:  # noqa: ARG002  for those that override it
         """Read what changes slowly and ``poll`` does not bring; run every ``refresh_ns`` in the slack.

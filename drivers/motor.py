@@ -74,7 +74,8 @@ class Motor:
 
     ``index`` is the place of the motor on the arm (its partition); ``bus_id`` the address on the bus;
     ``options`` whatever its family takes beyond that, an instance of that family's ``Options``; ``position_rad`` the
-    range that it is to stay in.
+    range that it is to stay in. ``watchdog_ns``: how long its own watchdog, where it has one, lets it run without
+    hearing from the gateway (0: it is not armed).
     """
 
     index: int
@@ -83,6 +84,7 @@ class Motor:
     bus_id: int
     options: Any = None
     position_rad: tuple[float, float] = (-inf, inf)
+    watchdog_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,16 @@ from drivers.notices import (
     SamplesLost,
 )
 from gateway import kafka_commands, local_commands, plans
+from gateway.aside import Left, set_aside
 from gateway.board import Board, MotorView
 from gateway.commander import Commander
 from gateway.config import Config
 from gateway.event_time import EventTime
 from gateway.events import ARM, EventType, make_event
-from gateway.journal import Journal, JournalReader, Lost, set_aside
+from gateway.journal import Journal, JournalBroken, JournalReader, ProducerState, is_broken
 from gateway.kafka import TopicMismatch
 from gateway.publisher import JournalBehind, Publisher
+from gateway.recent import Recent
 from gateway.simulator import SimulatorPlan
 from gateway.state_dir import StateDir
 from gateway.workers import Worker, keep_running
@@ -54,20 +57,27 @@ STATUS_TICKS = 10
 # together with the workers' and Kafka's own, even if everything hangs: a stop takes five seconds at most
 DRAIN_S = 1.0
 WRITER_STOP_S = 1.0
+REMEMBER_S = 1.0
+READER_BUSY_S = 0.1  # the event loop waits for nobody's lock
 
 
 class Gateway:
     """Runs one arm. ``board`` is there to be looked at; ``run`` returns when ``stop`` was called."""
 
-    def __init__(self, config: Config, state: StateDir) -> None:
-        """Opens the journal: raises JournalError if it does not fit. The state directory must be locked."""
+    def __init__(self, config: Config, state: StateDir, left: Left | None = None) -> None:
+        """Opens the journal: raises JournalError if it does not fit, JournalBroken if it cannot be read.
+
+        The state directory must be locked. ``left`` is known of the journal that this one succeeds.
+        """
         self._config = config
         self._state = state
+        self._left = left
         motors = {motor.partition: motor.name for motor in config.motors}
         journal = Journal(state.journal, config.arm.name, motors, config.journal.max_mb << 20)
         self._time = EventTime(max(head.sampled_at_ns for head in journal.heads.values()))
         self._writer = LogWriter(journal, self._time, config.journal.flush_ms, published=config.kafka is not None)
-        self._reader = JournalReader(state.journal)
+        self._reader = JournalReader(state.journal, READER_BUSY_S, self._writer.check)
+        self._recent = Recent(journal.row, journal.entry)
         self.stream = journal.stream
         self.board = Board(config, self._time, journal.path)
         self._commander = Commander(config, self._reader, self._writer, self.board, self._time, self._send)
@@ -75,7 +85,16 @@ class Gateway:
         self._workers = {bus.name: Worker(bus.name, worker_plans[bus.name], self) for bus in config.buses}
         self._owners = {motor.partition: self._workers[motor.bus] for motor in config.motors}
         self._publisher = (
-            Publisher(config, self._reader, dict(journal.heads), self._writer.published, self._kafka_changed)
+            Publisher(
+                config,
+                self._reader,
+                dict(journal.heads),
+                self._recent,
+                bookmark=self._writer.published,
+                changed=self._kafka_changed,
+                event=self._event,
+                remember=self._remember_producer,
+            )
             if config.kafka
             else None
         )
@@ -85,13 +104,28 @@ class Gateway:
         """Make ``run`` return: polling ends, what was accepted is kept, and Kafka gets what it takes in time."""
         self._stop.set()
 
+    def leave(self, why: str) -> Left:
+        """Set the journal aside, when ``run`` has ended; what is known of it, from here where that is more."""
+        left = set_aside(self._state.journal, why)
+        left.stream = self.stream
+        left.seqs |= self._writer.seqs()
+        left.inbox |= self._writer.inbox()
+        if self._publisher:
+            left.acknowledged |= {at: self._publisher.acknowledged(at) for at in self.board.motors}
+        return left
+
     async def run(self) -> None:
-        """Run until ``stop``. Raises TopicMismatch if the broker is there and its topics do not fit the arm."""
+        """Run until ``stop``. Raises TopicMismatch if the broker is there and its topics do not fit the arm.
+
+        Raises JournalBroken or JournalBehind if a new stream has to begin.
+        """
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer.start(self, asyncio.get_running_loop())
         self._event(EventType.GATEWAY_STARTED, stream=self.stream, motors=len(self._config.motors))
-        self._commander.finish_interrupted()
+        if self._left:
+            self._tell_left(self._left)
         try:
+            self._commander.finish_interrupted()
             async with self._tasks() as (polling, others):
                 stopped = asyncio.create_task(self._stop.wait())
                 parts: set[asyncio.Future[Any]] = {stopped, self._failed, *polling, *others}
@@ -99,28 +133,48 @@ class Gateway:
                 stopped.cancel()
                 self._commander.interrupt_all()
                 self._event(EventType.GATEWAY_STOPPING)
+                await _cancel(polling)  # before the drain: what they bring from here on would stay behind
+                await self._drain()
                 for task in ended - {stopped}:
                     task.result()  # a part that must not end did: say why
-                await _cancel(polling)  # before the drain: what they bring from here on would stay behind
-                if self._publisher:
-                    with contextlib.suppress(TimeoutError):  # the disk is full, or hangs
-                        async with asyncio.timeout(DRAIN_S):
-                            await self._writer.durable()
-                            await self._publisher.drained(DRAIN_S)
         finally:
             self._reader.close()  # first: the last connection to close folds the WAL into the file
             if not await asyncio.to_thread(self._writer.stop, WRITER_STOP_S):
                 log.error("journal: the disk did not take the last records in %g s", WRITER_STOP_S)
 
+    def _tell_left(self, left: Left) -> None:
+        """The journal before this one was set aside: what of it does nobody have?"""
+        self._event(EventType.JOURNAL_SET_ASIDE, path=str(left.path), reason=left.why, stream=left.stream)
+        for (source, partition), upto in left.inbox.items():
+            self._writer.read_upto(None, (source, partition, upto))
+        if self._publisher:
+            self._writer.lost_before(left.stream, left.unacknowledged(), f"its journal was set aside: {left.why}")
+
+    async def _drain(self) -> None:
+        """Give the broker what it takes in time, from memory if the disk is sick."""
+        if self._publisher:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_S):
+                    self._writer.relieve()
+                    if not self._writer.failing:
+                        await self._writer.durable()
+                    await self._publisher.drained(DRAIN_S)
+
+    def _inbox(self, source: str) -> dict[int, int]:
+        """{partition: where to go on reading} of a source of commands."""
+        left = self._left.inbox if self._left else {}
+        return {at: upto for (of, at), upto in left.items() if of == source} | self._reader.inbox(source)
+
     @contextlib.asynccontextmanager
     async def _tasks(self) -> AsyncIterator[tuple[list[asyncio.Task[None]], list[asyncio.Task[None]]]]:
         """Every part that runs by itself; all are stopped together, but simulated motors after those who poll them."""
         handle = self._commander.handle
-        local_start = self._reader.inbox(local_commands.SOURCE).get(0, 1)
+        local_start = self._inbox(local_commands.SOURCE).get(0, 1)
         parts = [self._tick(), local_commands.follow(self._state.commands, local_start, handle)]
         if self._publisher:
-            starts = self._reader.inbox(kafka_commands.SOURCE)
-            parts += [self._publisher.run(), kafka_commands.follow(self._config, starts, handle)]
+            starts = self._inbox(kafka_commands.SOURCE)
+            ours = self._publisher.claim.ours
+            parts += [self._publisher.run(), kafka_commands.follow(self._config, starts, handle, ours)]
         # links of a killed run lead to terminals that may be somebody else's by now
         shutil.rmtree(self._state.simulated, ignore_errors=True)
         simulated = plans.simulated_buses(self._config, self._state.simulated, everything=False)
@@ -144,6 +198,7 @@ class Gateway:
         while True:
             await asyncio.sleep(TICK_S)
             count += 1
+            self._writer.relieve()
             self.board.note_rates()
             self._commander.check_deadlines()
             if self._publisher:
@@ -202,7 +257,7 @@ class Gateway:
             case BusDown(reason, retriable):
                 self._bus_down(bus, reason, retriable=retriable)
             case SamplesLost(motor, count):
-                self.samples_dropped({motor: count}, reason="the gateway took no samples")
+                self._writer.lost_samples(motor, count, "the gateway took no samples")
 
     def worker_started(self, bus: str, starts: int) -> None:
         """A process was started for a bus."""
@@ -248,14 +303,28 @@ class Gateway:
     # -- what the log tells (gateway.writer.Listener) ------------------------------------------------------------
 
     def committed(self, committed: Committed) -> None:
-        """A commit: readers may go on."""
+        """More is in the log: readers may go on."""
+        self._recent.append(committed.batch, committed.entries)
+        if committed.saved:
+            self._recent.saved(
+                committed.batch.id if committed.batch else self._recent.saved_row,
+                committed.entries[-1].id if committed.entries else self._recent.saved_entry,
+            )
         if committed.batch is not None:
             views = self.board.update(committed.batch.records)
             for view in views:
                 self._check_health(view)
             self._commander.moved(views)
         if self._publisher:
-            self._publisher.committed(committed.batch, committed.entries)
+            self._publisher.committed(committed.entries)
+
+    def saved(self, row: int, entry: int) -> None:
+        """The disk has what it did not take before."""
+        self._recent.saved(row, entry)
+
+    def forgotten(self, rows: Collection[int], entries: Collection[int]) -> None:
+        """Memory was full of what the disk does not take."""
+        self._recent.forget(rows, entries)
 
     def _check_health(self, view: MotorView) -> None:
         """Tell what changed for the worse or the better since the last sample."""
@@ -285,21 +354,6 @@ class Gateway:
         log.warning("wall clock stepped by %+.3f s", step_ns / 1e9)
         self._event(EventType.CLOCK_STEPPED, step_ns=step_ns)
 
-    def samples_dropped(self, counts: dict[int, int], reason: str = "the disk took no samples") -> None:
-        """Samples lost before they were numbered."""
-        for partition, count in counts.items():
-            self._event(EventType.TELEMETRY_GAP, self.board.motors[partition], count=count, reason=reason)
-
-    def records_lost(self, lost: list[Lost]) -> None:
-        """The journal is full of records that the broker does not have."""
-        self._event(EventType.JOURNAL_FULL, max_mb=self._config.journal.max_mb)
-        for partition, from_seq, to_seq in lost:
-            if view := self.board.motors.get(partition):
-                self._event(
-                    EventType.TELEMETRY_GAP, view, stream=self.stream, from_seq=from_seq, to_seq=to_seq,
-                    count=to_seq - from_seq + 1, reason="journal full",
-                )  # fmt: skip
-
     def disk_failed(self, error: str) -> None:
         """A commit failed; polling goes on."""
         self.board.journal_detail = error
@@ -310,15 +364,24 @@ class Gateway:
         self.board.journal_detail = ""
         self._event(EventType.JOURNAL_RECOVERED)
 
+    def journal_broken(self, error: str) -> None:
+        """A new stream has to begin."""
+        self._failed.set_exception(JournalBroken(error))
+
     def writer_died(self, error: Exception) -> None:
         """A gateway that writes nothing down must not look as if it worked."""
         self._failed.set_exception(error)
 
     def _kafka_changed(self, state: str, detail: str) -> None:
         self.board.kafka, self.board.kafka_detail = state, detail
-        kind = {"up": EventType.KAFKA_UP, "down": EventType.KAFKA_DOWN, "refused": EventType.KAFKA_REFUSED}[state]
         (log.info if state == "up" else log.error)("kafka: %s %s", state, detail)
-        self._event(kind, detail=detail)
+        self._event(EventType(f"kafka.{state}"), detail=detail)
+
+    async def _remember_producer(self, state: ProducerState) -> None:
+        """Who we are to the broker, written down before it is used; a sick disk does not keep us from publishing."""
+        self._writer.producer(state)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._writer.durable(), REMEMBER_S)
 
 
 async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None) -> None:
@@ -328,11 +391,21 @@ async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, 
     """
     state = StateDir(config.arm.state_dir)
     with state.locked():
+        left = None
         while True:
             try:
-                return await _run_once(Gateway(config, state), ready)
+                gateway = Gateway(config, state, left)
+            except JournalBroken as error:
+                left = set_aside(state.journal, f"cannot be read: {error}")
+                continue
+            try:
+                return await _run_once(gateway, ready)
             except JournalBehind as error:
-                set_aside(state.journal, f"lost its newest records ({error})")
+                left = gateway.leave(f"lost its newest records: {error}")
+            except (JournalBroken, sqlite3.DatabaseError) as error:
+                if isinstance(error, sqlite3.Error) and not is_broken(error):
+                    raise
+                left = gateway.leave(f"broke: {error}")
 
 
 async def _run_once(gateway: Gateway, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None) -> None:
@@ -360,5 +433,5 @@ async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     for result in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(result, Exception) and not isinstance(result, TopicMismatch | JournalBehind):
+        if isinstance(result, Exception) and not isinstance(result, TopicMismatch | JournalBehind | JournalBroken):
             log.error("while stopping: %s", result)

@@ -8,7 +8,8 @@ import sqlite3
 import sys
 import threading
 import tomllib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,11 +22,11 @@ from rich.table import Table
 
 from drivers import protocols
 from drivers.buses import BusSpec, CanSpec, SerialSpec, adapters
-from drivers.clock import MS
+from drivers.clock import MS, SECOND, monotonic_ns
 from drivers.errors import DriverError
 from drivers.family import Medium
 from drivers.motor import Kind
-from gateway import client, live, plans, readers
+from gateway import client, live, log_reader, plans
 from gateway import config as configuration
 from gateway import scan as scanning
 from gateway.app import Gateway, run_gateway
@@ -33,7 +34,10 @@ from gateway.commands import Outcome, State
 from gateway.config import Config, ConfigError
 from gateway.draft import draft
 from gateway.journal import JournalError
+from gateway.journal_reader import JournalLog
 from gateway.kafka import TopicMismatch
+from gateway.kafka_reader import KafkaLog
+from gateway.log_reader import LogError, LogReader, Missed, Record, Seq, Start, Time
 from gateway.simulator import build_host
 from gateway.state_dir import StateDir, StateDirError
 
@@ -72,7 +76,7 @@ def main() -> None:
     live.quieten_libraries(logging.CRITICAL)  # what goes wrong is told by us, once
     try:
         app()
-    except (ConfigError, TopicMismatch, JournalError) as error:
+    except (ConfigError, TopicMismatch, JournalError, LogError) as error:
         _fail(str(error), WRONG)
     except (StateDirError, DriverError, client.CommandError, KafkaError, OSError, sqlite3.Error) as error:
         _fail(str(error) or type(error).__name__, FAILED)
@@ -372,9 +376,14 @@ def _status_words(motor: dict[str, Any]) -> list[str]:
 @app.command()
 def tail(
     config: ConfigFile,
-    topic: Annotated[str, typer.Option(help=f"One of {', '.join(readers.TOPICS)}.")] = "telemetry",
+    topic: Annotated[str, typer.Option(help=f"One of {', '.join(log_reader.TOPICS)}.")] = "telemetry",
     motor: Annotated[str | None, typer.Option(help="Only this motor.")] = None,
-    start: Annotated[str, typer.Option("--from", metavar="beginning|latest|SEQ", help="Where to begin.")] = "latest",
+    start: Annotated[
+        str, typer.Option("--from", metavar="beginning|latest|SEQ|TIME", help="Where to begin; TIME is ISO 8601.")
+    ] = "latest",
+    reader: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Go on where the reader of this name left off.")
+    ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Stop after so many records.")] = None,
     follow: Annotated[bool, typer.Option(help="Wait for more at the end of the log.")] = True,
     kafka: KafkaOption = None,
@@ -383,58 +392,79 @@ def tail(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print records of the log as they come: telemetry, events or outcomes."""
+    """Print records of the log as they come: telemetry, events, outcomes, or (in Kafka) commands."""
     loaded = _load(config, kafka)
-    if topic not in readers.TOPICS:
-        raise typer.BadParameter(f"--topic {topic}: must be one of {', '.join(readers.TOPICS)}")
+    if topic not in log_reader.TOPICS:
+        raise typer.BadParameter(f"--topic {topic}: must be one of {', '.join(log_reader.TOPICS)}")
     if motor is not None and motor not in {m.name for m in loaded.motors}:
         raise typer.BadParameter(f"--motor {motor}: there are {', '.join(m.name for m in loaded.motors)}")
     if (from_kafka or kafka) and loaded.kafka is None:
         raise typer.BadParameter(f"--from-kafka: {config} has no [kafka]; name a broker with --kafka HOST:PORT")
     where = _start(start)
+    log: LogReader
     if from_kafka or kafka:
-        records = readers.read_kafka(loaded, topic, where, follow=follow)
+        log = KafkaLog(loaded, [topic], where, follow=follow, name=reader)
     else:
-        records = readers.read_journal(StateDir(loaded.arm.state_dir), topic, where, follow=follow)
-    asyncio.run(_print_records(records, motor, count, as_json=as_json))
+        log = JournalLog(StateDir(loaded.arm.state_dir), [topic], where, follow=follow, name=reader)
+    asyncio.run(_print_records(log, motor, count, named=reader is not None, as_json=as_json))
 
 
-def _start(word: str) -> readers.Start:
+def _start(word: str) -> Start:
     if word == "beginning":
         return "beginning"
     if word == "latest":
-        return "latest"
+        return "end"
     if word.isdecimal() and int(word) > 0:
-        return int(word)
-    raise typer.BadParameter(f"--from {word}: must be beginning, latest, or a sequence number from 1")
+        return Seq(int(word))
+    try:
+        at = datetime.fromisoformat(word).astimezone()  # a time without a zone is this machine's
+    except ValueError:
+        raise typer.BadParameter(
+            f"--from {word}: must be beginning, latest, a sequence number from 1, or a time as 2026-11-21T15:04:05Z"
+        ) from None
+    return Time((at - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1) * 1000)
 
 
-async def _print_records(
-    records: AsyncGenerator[readers.Record, None], motor: str | None, count: int | None, *, as_json: bool
-) -> None:
-    printed = 0
-    line: Callable[[readers.Record], str] = _json_line if as_json else _text_line
-    async with contextlib.aclosing(records):
-        async for record in records:
-            if motor is None or record.motor == motor:
-                print(line(record), flush=True)
-                printed += 1
-                if printed == count:
-                    return
+async def _print_records(log: LogReader, motor: str | None, count: int | None, *, named: bool, as_json: bool) -> None:
+    line: Callable[[Record], str] = _json_line if as_json else _text_line
+    printed, committed_ns = 0, monotonic_ns()
+    async with log:
+        done = log.positions()
+        try:
+            async for part in log:
+                if isinstance(part, Missed):
+                    print(part, file=sys.stderr)
+                    done[part.topic, part.partition] = part.next
+                    continue
+                for record in log_reader.records(part):
+                    if motor is None or record.motor == motor:
+                        print(line(record), flush=True)
+                        printed += 1
+                    done[part.topic, part.partition] = record.next
+                    if printed == count:
+                        return
+                if named and monotonic_ns() - committed_ns > SECOND:
+                    committed_ns = monotonic_ns()
+                    await log.commit(done)
+        finally:
+            if named:
+                await log.commit(done)
 
 
-def _json_line(record: readers.Record) -> str:
+def _json_line(record: Record) -> str:
     return msgspec.json.encode(record.value).decode()
 
 
-def _text_line(record: readers.Record) -> str:
+def _text_line(record: Record) -> str:
     value = record.value
     if record.topic == "telemetry":
         parts = [f"{name}={_short(value[name])}" for name in ("position_rad", "velocity_rad_s", "temperature_c")]
-        return f"{value['sampled_at_ns']} {record.motor:<10} {value['seq']:>9} {' '.join(parts)}"
-    details = {k: v for k, v in value.items() if k not in {"type", "state", "motor", "at_ns"} and v not in (None, "")}
+        return f"{record.at_ns} {record.motor:<10} {value['seq']:>9} {' '.join(parts)}"
+    what = value.get("type") or value.get("state") or value.get("kind") or ""
+    told = {"type", "state", "kind", "motor", "at_ns"}
+    details = {name: detail for name, detail in value.items() if name not in told and detail not in (None, "")}
     words = " ".join(f"{name}={_short(detail)}" for name, detail in details.items())
-    return f"{value['at_ns']} {record.motor:<10} {value.get('type') or value.get('state')} {words}"
+    return f"{record.at_ns} {record.motor:<10} {what} {words}"
 
 
 def _short(value: object) -> str:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer
 
 from drivers.clock import epoch_ns
 from drivers.motor import Kind
@@ -14,10 +14,10 @@ from gateway import kafka, local_commands
 from gateway.commands import Command, Outcome, decode_outcome, encode_command
 from gateway.config import Config
 from gateway.events import ARM
-from gateway.journal import JournalReader
+from gateway.journal_reader import JournalLog
+from gateway.kafka_reader import KafkaLog
+from gateway.log_reader import Entries, LogReader
 from gateway.state_dir import StateDir
-
-POLL_S = 0.01
 
 
 class CommandError(Exception):
@@ -54,21 +54,11 @@ async def _through_state_dir(config: Config, command: Command, *, wait: bool) ->
     state = StateDir(config.arm.state_dir)
     if state.running_pid() is None:
         raise CommandError(f"no gateway runs on state_dir {state.path}; start it with: servo-gateway run")
-    reader = JournalReader(state.journal)
-    try:
-        after = reader.ends()[1]
+    async with JournalLog(state, ["outcomes"], "end", follow=True) as log:
         local_commands.append(state.commands, _issued_now(command))
-        while wait:
-            for entry in reader.entries(after, 100, "outcomes"):
-                after = entry.id
-                outcome = decode_outcome(entry.value)
-                if outcome.command_id == command.id:
-                    yield outcome
-                    if outcome.final:
-                        return
-            await asyncio.sleep(POLL_S)
-    finally:
-        reader.close()
+        if wait:
+            async for outcome in _outcomes(log, command.id):
+                yield outcome
 
 
 async def _through_kafka(config: Config, command: Command, *, wait: bool) -> AsyncIterator[Outcome]:
@@ -77,19 +67,23 @@ async def _through_kafka(config: Config, command: Command, *, wait: bool) -> Asy
     partition = next((motor.partition for motor in config.motors if motor.name == command.motor), 0)
     await kafka.partitions_of(config.kafka, config.topic("commands"))
     async with AsyncExitStack() as stack:
-        consumer = await stack.enter_async_context(
-            kafka.running(AIOKafkaConsumer(**options, enable_auto_commit=False, auto_offset_reset="latest"))
-        )
         # listen first, so that no outcome is missed
-        await kafka.assign(consumer, {TopicPartition(config.topic("outcomes"), partition): -1})
+        log = await stack.enter_async_context(KafkaLog(config, ["outcomes"], "end", follow=True)) if wait else None
         producer = await stack.enter_async_context(kafka.running(AIOKafkaProducer(**options, acks="all")))
         key = (command.motor or ARM).encode()
         await producer.send_and_wait(config.topic("commands"), _issued_now(command), key, partition)
-        if not wait:
-            return
-        async for record in consumer:
-            outcome = decode_outcome(record.value)
-            if outcome.command_id == command.id:
+        if log:
+            async for outcome in _outcomes(log, command.id):
                 yield outcome
-                if outcome.final:
-                    return
+
+
+async def _outcomes(log: LogReader, command_id: str) -> AsyncIterator[Outcome]:
+    """Outcomes of one command, up to the final one."""
+    async for part in log:
+        if isinstance(part, Entries):
+            for entry in part.entries:
+                outcome = decode_outcome(entry.value)
+                if outcome.command_id == command_id:
+                    yield outcome
+                    if outcome.final:
+                        return

@@ -4,11 +4,14 @@
 
 The order of the checks: readable, known motor and kind, not seen before, not older than its ttl, clock not skewed,
 motor online, within limits. What was written down but whose effect is unknown (a crash in between) ends as
-``failed/interrupted`` at the next start and is not sent again.
+``failed/interrupted`` at the next start and is not sent again. While the disk takes nothing, what cannot be written
+down within its ttl ends as ``failed/not_recorded``; what ends a motion is sent all the same, and waits for nothing.
 """
 
+import asyncio
 import itertools
 import logging
+import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +37,9 @@ SKEW_MS = 500.0
 ARRIVAL_MARGIN_S = 1.0
 """A position may take twice the time of the way at its speed, and this much more."""
 RECENT_IDS = 4096  # more than ever wait for one commit
+RECORDINGS = 16
+"""A source that is further ahead of the disk than this waits for it, but for a moment only: a stop may follow."""
+MOMENT_S = 0.02
 
 
 class Incoming(NamedTuple):
@@ -92,6 +98,7 @@ class Commander:
         }
         self._recent: OrderedDict[str, CommandState] = OrderedDict()  # perhaps not committed yet
         self._active: list[_Active] = []
+        self._recording: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
 
     # -- in ------------------------------------------------------------------------------------------------------
@@ -104,7 +111,7 @@ class Commander:
             self._conclude(outcome, None)
 
     async def handle(self, records: Sequence[Incoming]) -> None:
-        """Check records in their order, write down the accepted ones with one commit, and send them on."""
+        """Check records in their order, and write down the accepted ones with one commit; then they are sent on."""
         waiting = []
         for record in records:
             if active := self._admit(record):
@@ -113,7 +120,23 @@ class Commander:
                 else:
                     waiting.append(active)
         if waiting:
-            await self._writer.durable()
+            recording = asyncio.create_task(self._dispatch_when_recorded(waiting))
+            self._recording.add(recording)
+            recording.add_done_callback(self._recording.discard)
+        if len(self._recording) > RECORDINGS:
+            await asyncio.wait(self._recording, timeout=MOMENT_S, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _dispatch_when_recorded(self, waiting: Sequence[_Active]) -> None:
+        """Send commands once they are written down; those whose time is up before that are never sent."""
+        recorded = asyncio.create_task(self._writer.durable())
+        try:
+            for active in sorted(waiting, key=_left_ms):
+                await asyncio.wait({recorded}, timeout=max(0.0, _left_ms(active) / 1000))
+                if not recorded.done() and active in self._active:
+                    detail = "the journal took nothing until its time was up; it was not sent"
+                    self._end(active, State.FAILED, Reason.NOT_RECORDED, detail)
+        finally:
+            recorded.cancel()
         for active in waiting:
             self._dispatch(active)
 
@@ -128,7 +151,7 @@ class Commander:
         if refusal := self._refusal(command):
             state, reason, detail = refusal
             outcome = self._outcome(command, state, read_at_ns, reason, detail)
-            if reason is Reason.DUPLICATE or self._seen(command.id):  # what is remembered of the id stays as it is
+            if self._may_be_known(command.id):  # what is remembered of the id stays as it is
                 self._writer.read_upto(outcome.entry(self._partition(command.motor)), record.inbox)
             else:
                 self._conclude(outcome, record)
@@ -172,7 +195,13 @@ class Commander:
         addressed = self._addressed(command)
         if unsupported := self._unsupported(command, addressed):
             return State.REJECTED, Reason.UNSUPPORTED, unsupported
-        if seen := self._seen(command.id):
+        try:
+            seen = self._seen(command.id)
+        except sqlite3.Error as error:
+            if command.kind not in ENDS_MOTION:
+                return State.REJECTED, Reason.NOT_RECORDED, f"the journal cannot say whether it is new: {error}"
+            seen = None  # harmless if repeated
+        if seen:
             return State.REJECTED, Reason.DUPLICATE, f"id {command.id!r} was used before, at {seen.at_ns} ns"
         age_ms = wall_age_ms(command.issued_at_ns)
         if age_ms > command.ttl_ms:
@@ -194,6 +223,12 @@ class Commander:
 
     def _seen(self, command_id: str) -> CommandState | None:
         return self._recent.get(command_id) or self._journal.command(command_id)
+
+    def _may_be_known(self, command_id: str) -> bool:
+        try:
+            return self._seen(command_id) is not None
+        except sqlite3.Error:
+            return True
 
     def _unsupported(self, command: Command, addressed: Sequence[int]) -> str | None:
         if command.targets is not None:
@@ -229,8 +264,7 @@ class Commander:
         if active not in self._active:  # overtaken while it was written down
             return
         command = active.command
-        left_ms = command.ttl_ms - wall_age_ms(command.issued_at_ns)
-        expires_ns = after(monotonic_ns(), int(min(left_ms, command.ttl_ms) * MS))
+        expires_ns = after(monotonic_ns(), int(_left_ms(active) * MS))
         for partition in sorted(active.waiting):
             config = self._board.motors[partition].config
             order = Order(
@@ -285,6 +319,8 @@ class Commander:
 
     def interrupt_all(self) -> None:
         """The gateway stops: nothing is seen through any more."""
+        for recording in self._recording:
+            recording.cancel()
         for active in list(self._active):
             self._end(active, State.FAILED, Reason.INTERRUPTED, "the gateway was stopped")
 
@@ -348,6 +384,12 @@ class Commander:
 def _reason(word: str) -> Reason:
     """A family's word, if it is one of ours."""
     return Reason(word) if word in Reason.__members__.values() else Reason.REFUSED
+
+
+def _left_ms(active: _Active) -> float:
+    """How long a command is still good; its sender's clock may be ahead."""
+    command = active.command
+    return min(command.ttl_ms - wall_age_ms(command.issued_at_ns), command.ttl_ms)
 
 
 def _since_us(at_ns: int) -> int:

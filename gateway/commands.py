@@ -44,6 +44,7 @@ class Reason(StrEnum):
     NOT_REACHED = "not_reached"
     NEWER_COMMAND = "newer_command"
     INTERRUPTED = "interrupted"
+    NOT_RECORDED = "not_recorded"  # the journal is sick
 
 
 class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -29,7 +29,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from drivers import motor as driven
 from drivers import protocols
-from gateway.config_checks import BITS_PER_S, LATE_AFTER_MS, check
+from gateway.config_checks import BITS_PER_S, LATE_AFTER_MS, MOST_WATCHDOG_MS, MOTOR_WATCHDOG_MS, check
 from gateway.config_faults import ConfigError, Fault, Raw, blank, make_faults
 from gateway.config_words import NAME, VARIABLE, explain
 from gateway.toml_lines import Steps, find_lines
@@ -170,6 +170,8 @@ class Arm(Table):
     """A motor that has not replied for this long is offline (event motor.offline)."""
     setpoint_timeout_ms: float = Field(default=500.0, gt=0, le=60_000)
     """A motor that moves on a velocity or torque is stopped when no fresh one came for this long."""
+    motor_watchdog_ms: float = Field(default=MOTOR_WATCHDOG_MS, ge=0, le=MOST_WATCHDOG_MS)
+    """Motors that can are told to stop by themselves when they hear nothing for this long; 0: they are not."""
     realtime: bool = True
     """Run the bus workers under SCHED_FIFO where the system allows it."""
 

@@ -17,6 +17,9 @@ from gateway.config_faults import Finding, Raw, instead_of, place_of, similar
 from gateway.toml_lines import Steps
 
 LATE_AFTER_MS = 50.0  # defaults of keys that are compared here
+MOTOR_WATCHDOG_MS = 500.0
+MOST_WATCHDOG_MS = 2500.0  # the longest that motors of all families can count
+WATCHDOG_PERIODS = 3  # of a bus, that a motor's watchdog must outlast: a lost frame or two stop nothing
 BITS_PER_S = 1_000_000
 
 Placed = tuple[Steps, Raw]
@@ -43,7 +46,9 @@ def check(raw: Raw) -> Iterator[Finding]:
         yield from _can_ids(group, raw)
 
     meant = {*members, *(similar(name, by_name) for name in members)}  # a bus misspelt is not also unused
-    late_after_ms = (raw.get("arm") or {}).get("late_after_ms", LATE_AFTER_MS)
+    arm = raw.get("arm") or {}
+    late_after_ms = arm.get("late_after_ms", LATE_AFTER_MS)
+    watchdog_ms = arm.get("motor_watchdog_ms", MOTOR_WATCHDOG_MS)
     for steps, bus in buses:
         name = bus.get("name")
         if name and name not in meant:
@@ -51,6 +56,7 @@ def check(raw: Raw) -> Iterator[Finding]:
         yield from _connection(steps, bus, simulated="simulation" in raw)
         if bus.get("rate_hz"):
             yield from _period(steps, bus["rate_hz"], late_after_ms)
+            yield from _watchdog(steps, bus["rate_hz"], watchdog_ms, members[name or ""])
             has_wire = bus.get("interface") != "virtual" or (raw.get("simulation") or {}).get("wire_time")
             if has_wire:
                 yield from _wire_time(steps, bus, members[name or ""])
@@ -177,6 +183,19 @@ def _period(steps: Steps, rate_hz: float, late_after_ms: float | None) -> Iterat
         wrong = f"a motor replies every {1000 / rate_hz:g} ms, and arm.late_after_ms is {late_after_ms:g}"
         right = f"set that above {1000 / rate_hz:g}, or rate_hz above {1000 / late_after_ms:g}"
         yield Finding((*steps, "rate_hz"), f"{wrong}; {right}")
+
+
+def _watchdog(steps: Steps, rate_hz: float, watchdog_ms: float | None, members: Sequence[Placed]) -> Iterator[Finding]:
+    families = {
+        family.name for _, motor in members if (family := protocols.find(motor.get("protocol"))) and family.watchdog
+    }
+    least_ms = WATCHDOG_PERIODS * 1000 / rate_hz
+    if watchdog_ms and watchdog_ms <= least_ms and families:
+        wrong = f"{WATCHDOG_PERIODS} periods are {least_ms:g} ms, and arm.motor_watchdog_ms is {watchdog_ms:g}"
+        right = f"set that above {least_ms:g} (0: none), or rate_hz above {WATCHDOG_PERIODS * 1000 / watchdog_ms:g}"
+        yield Finding(
+            (*steps, "rate_hz"), f"{wrong}; {right}: {' and '.join(sorted(families))} would stop by themselves"
+        )
 
 
 def _wire_time(steps: Steps, bus: Raw, members: Sequence[Placed]) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from drivers import protocols
 from drivers.buses import BusSpec, CanSpec
 from drivers.motor import Motor, MotorInfo
+from gateway.config_checks import MOST_WATCHDOG_MS, MOTOR_WATCHDOG_MS
 
 MOST_HZ: Final = 100
 LEAST_HZ: Final = 25  # slower, and the limits of late and offline must be longer than they are by default
@@ -72,6 +73,9 @@ def _arm(name: str, rate_hz: float) -> Iterator[Line]:
     if rate_hz < LEAST_HZ:
         yield "late_after_ms", 3000 / rate_hz, "three cycles of this slow bus"
         yield "offline_after_ms", max(300.0, 6000 / rate_hz), ""
+    if (watchdog_ms := 6000 / rate_hz) > MOTOR_WATCHDOG_MS:
+        slow = watchdog_ms > MOST_WATCHDOG_MS
+        yield "motor_watchdog_ms", 0 if slow else watchdog_ms, "this bus is slow for motors' own watchdogs"
 
 
 def _bus(spec: BusSpec, bit_rate: int, rate_hz: float) -> Iterator[Line]:

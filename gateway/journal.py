@@ -5,8 +5,11 @@
     commands    the memory of command ids and what became of each
     heads       newest record of each motor, as of some row; what follows that row is read again at the start
     published   how far the broker has acknowledged
+    producer    who the gateway is to the broker, and bases: where each partition's Kafka sequence numbers begin
+    damaged     rows of telemetry that cannot be read any more, and whose loss was told
 
-One process writes (the gateway, held to it by ``gateway.state_dir``), any number read. A telemetry record's offset in
+One process writes (the gateway, held to it by ``gateway.state_dir``), any number read. All numbers (row and entry ids,
+sequence numbers) are given before (``gateway.stamp``); a commit only writes them down. A telemetry record's offset in
 its partition is ``seq - 1``: a journal holds one stream, and its identity is the stream's.
 """
 
@@ -15,23 +18,29 @@ import logging
 import secrets
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gateway.stamp import Head
 from gateway.telemetry import RECORD, Records, by_partition
+from gateway.wal import holders, wal_path
 
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x53475731  # "SGW1"
-VERSION = 1
+VERSION = 2
 _TRIM_ROWS = 5_000  # a second's worth and more, so that trimming once a second keeps up
-IDS_KEPT = 1_000_000  # command ids; about 100 MB, and a repeated id is known as long
-ENTRIES_KEPT = 100_000  # per topic and partition; events outlive the telemetry around them
+_TRIM_ENTRIES = 2_000  # likewise
+ENTRIES_SHARE = 4  # events and outcomes take a fourth of the size at most: they outlive the telemetry around them
+IDS_SHARE = 16  # command ids a sixteenth
+ID_BYTES = 160  # of a command's row and its index, about
+ENTRY_BYTES = 64  # of an entry's row and its index, beside its value and key
+WAL_SHARE = 4  # of the size: what the WAL counts for, at most
+BUSY_S = 2.0  # how long a statement waits for somebody else's lock
 
 _SCHEMA = """
 CREATE TABLE stream    (id INTEGER PRIMARY KEY CHECK (id = 0), stream BLOB NOT NULL, arm TEXT NOT NULL);
@@ -50,10 +59,31 @@ CREATE TABLE heads     (partition INTEGER PRIMARY KEY, seq INTEGER NOT NULL, sam
 CREATE TABLE published (topic TEXT NOT NULL, partition INTEGER NOT NULL, seq INTEGER NOT NULL, id INTEGER NOT NULL,
                         PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 """
+_SINCE_2 = """
+CREATE TABLE producer  (id INTEGER PRIMARY KEY CHECK (id = 0), cluster TEXT NOT NULL, pid INTEGER NOT NULL,
+                        epoch INTEGER NOT NULL);
+CREATE TABLE bases     (topic TEXT NOT NULL, partition INTEGER NOT NULL, base INTEGER NOT NULL,
+                        PRIMARY KEY (topic, partition)) WITHOUT ROWID;
+CREATE TABLE damaged   (first INTEGER PRIMARY KEY, last INTEGER NOT NULL);
+CREATE TABLE sizes     (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE VIEW older AS SELECT id, topic, partition, seq, length(CAST(key AS BLOB)) + length(value) + 64 AS bytes
+                       FROM entries WHERE seq < (SELECT max(seq) FROM entries AS newest
+                       WHERE newest.topic = entries.topic AND newest.partition = entries.partition);
+INSERT INTO sizes SELECT 'first row', coalesce(min(id), 1) FROM telemetry;
+INSERT INTO sizes SELECT 'entries', coalesce(sum(length(CAST(key AS BLOB)) + length(value) + 64), 0) FROM entries;
+"""
 
 
 class JournalError(Exception):
     """The journal does not fit the configuration, or is none."""
+
+
+class JournalBroken(Exception):
+    """SQLite cannot make sense of the file any more: it has to be set aside, and a new stream begins."""
+
+
+class WalHeld(sqlite3.OperationalError):
+    """The WAL is above its bound, and somebody who reads an old state of the journal keeps it from being folded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +125,51 @@ class CommandState(NamedTuple):
     motor: str
 
 
+class ProducerState(NamedTuple):
+    """The identity that makes a repeated produce request known as one: Kafka numbers batches per producer id."""
+
+    cluster: str
+    pid: int
+    epoch: int
+    bases: dict[tuple[str, int], int]  # (topic, partition) -> seq of the record whose Kafka sequence number is 0
+
+
 @dataclass(slots=True)
 class Changes:
-    """Everything that one commit writes."""
+    """What a commit writes; everything in it has its numbers."""
 
-    telemetry: Records | None = None
-    entries: list[Entry] = field(default_factory=list)
+    batch: Batch | None = None
+    entries: list[StoredEntry] = field(default_factory=list)
     commands: list[CommandState] = field(default_factory=list)
     inbox: dict[tuple[str, int], int] = field(default_factory=dict)  # (source, partition) -> next to read
     published: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)  # (topic, partition) -> seq, id
+    producer: ProducerState | None = None
+    skipped: dict[int, int] = field(default_factory=dict)  # partition -> seq up to which no record comes any more
+    damaged: list[tuple[int, int]] = field(default_factory=list)  # telemetry rows first..last whose loss is told here
+    trim: "Trim | None" = None
+    save_heads: bool = False
 
 
 class Lost(NamedTuple):
-    """Records removed before anybody acknowledged them: sequence numbers from..to of a partition."""
+    """Records that are gone: sequence numbers from..to of a partition."""
 
     partition: int
     from_seq: int
     to_seq: int
+    topic: str = "telemetry"
+
+
+Published = Mapping[tuple[str, int], tuple[int, int]]
+"""{(topic, partition): (seq, row or entry id)} that the broker has acknowledged."""
+
+
+class Trim(NamedTuple):
+    """What goes to hold the bound: telemetry rows, entries and command numbers up to these; 0: none."""
+
+    row: int = 0
+    entry: int = 0
+    entry_bytes: int = 0
+    command: int = 0
 
 
 class Journal:
@@ -120,37 +178,37 @@ class Journal:
     def __init__(self, path: Path, arm: str, motors: Mapping[int, str], max_bytes: int) -> None:
         """Open or create. Raises JournalError if it belongs to another arm or its motors sit on other partitions.
 
-        A file that SQLite cannot read is set aside under a new name, never deleted, and a new stream begins.
+        Raises JournalBroken for a file that SQLite cannot make sense of; the file is left as it is.
         """
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self.path = path
         try:
-            self._recover(path, arm, motors)
-        except sqlite3.OperationalError as error:
+            self.db = self._open(path, arm)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self.db.close)
+                self.stream = int.from_bytes(self._one("SELECT stream FROM stream"), "little")
+                self._check_motors(motors)
+                self.motors = dict(self.db.execute("SELECT partition, name FROM motors"))
+                self._recover(motors)
+                undo.pop_all()
+        except sqlite3.Error as error:
+            if is_broken(error):
+                raise JournalBroken(str(error)) from error
             raise JournalError(f"journal {path}: {error}") from error
-        except sqlite3.DatabaseError as error:
-            set_aside(path, f"cannot be read ({error})")
-            self._recover(path, arm, motors)
-
-    def _recover(self, path: Path, arm: str, motors: Mapping[int, str]) -> None:
-        self._db = self._open(path, arm)
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._db.close)
-            self.stream = int.from_bytes(self._one("SELECT stream FROM stream"), "little")
-            self._check_motors(motors)
-            self.heads = self._recover_heads(motors)
-            undo.pop_all()
 
     def _open(self, path: Path, arm: str) -> sqlite3.Connection:
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=2.0)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
         with contextlib.ExitStack() as undo:
             undo.callback(db.close)
             db.execute("PRAGMA journal_mode = WAL")
             # survives a killed process with every commit, a power cut up to the last checkpoint
             db.execute("PRAGMA synchronous = NORMAL")
-            db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
-            if not db.execute("PRAGMA user_version").fetchone()[0]:
+            db.execute(f"PRAGMA journal_size_limit = {16 << 20}")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if not version:
                 self._create(db, arm)
+            elif version == 1:
+                db.executescript(f"BEGIN IMMEDIATE; {_SINCE_2}; PRAGMA user_version = {VERSION}; COMMIT")
             found = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
             if found != [APPLICATION_ID, VERSION]:
                 raise JournalError(f"journal {path}: not a journal of this version (found {found})")
@@ -163,18 +221,17 @@ class Journal:
     @staticmethod
     def _create(db: sqlite3.Connection, arm: str) -> None:
         stream = secrets.randbits(53).to_bytes(8, "little")  # 53 bits: whole in every JSON reader
-        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA}")
+        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA}{_SINCE_2}")
         db.execute("INSERT INTO stream VALUES (0, ?, ?)", (stream, arm))
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {VERSION}")
         db.execute("COMMIT")
 
-    def _one(self, sql: str, *values: object) -> bytes:
-        row: bytes = self._db.execute(sql, values).fetchone()[0]
-        return row
+    def _one(self, sql: str, *values: object) -> Any:
+        return self.db.execute(sql, values).fetchone()[0]
 
     def _check_motors(self, motors: Mapping[int, str]) -> None:
-        known: dict[int, str] = dict(self._db.execute("SELECT partition, name FROM motors"))
+        known: dict[int, str] = dict(self.db.execute("SELECT partition, name FROM motors"))
         moved = [
             f"partition {partition} belongs to {known[partition]!r}, not {name!r}"
             for partition, name in motors.items()
@@ -190,134 +247,221 @@ class Journal:
                 f"journal {self.path}: {'; '.join(moved)}. A motor keeps its partition for life: give a new motor a "
                 "new one, or move the journal away to begin a new stream"
             )
-        self._db.executemany("INSERT OR IGNORE INTO motors VALUES (?, ?)", motors.items())
+        if fresh := {partition: name for partition, name in motors.items() if partition not in known}:
+            self.db.executemany("INSERT INTO motors VALUES (?, ?)", fresh.items())
 
-    def _recover_heads(self, motors: Mapping[int, str]) -> dict[int, Head]:
-        heads = {partition: Head(0, 0) for partition in motors}
+    def _recover(self, motors: Mapping[int, str]) -> None:
+        """Where the numbers go on: of rows, of entries, of each motor, of each (topic, partition)."""
+        self.row: int = self._one("SELECT max(id) FROM telemetry") or 0
+        self.entry: int = self._one("SELECT max(id) FROM entries") or 0
+        self.entry_heads = newest_entries(self.db)
+        self.published = {
+            (topic, partition): (seq, row)
+            for topic, partition, seq, row in self.db.execute("SELECT topic, partition, seq, id FROM published")
+        }
+        positions = self.db.execute("SELECT source, partition, next FROM inbox")
+        self.inbox = {(source, partition): upto for source, partition, upto in positions}
+        self._entry_bytes: int = self._one("SELECT value FROM sizes WHERE name = 'entries'")
+        self.heads = {partition: Head(0, 0) for partition in motors}
         since = 0
-        for partition, seq, at_ns, row in self._db.execute("SELECT * FROM heads"):
-            heads[partition] = Head(seq, at_ns)
+        for partition, seq, at_ns, row in self.db.execute("SELECT * FROM heads"):
+            self.heads[partition] = Head(seq, at_ns)
             since = max(since, row)
-        for batch in batches_after(self._db, since):
-            _advance(heads, batch.records)
-        return heads
+        self.damaged_at_start: list[int] = []
+        for row in read_rows(self.db, since):
+            if row.records is None:
+                self.damaged_at_start.append(row.id)
+                # numbers that it may hold are never given again; that they are missing is told
+                self.heads = {at: Head(head.seq + row.most, head.sampled_at_ns) for at, head in self.heads.items()}
+            else:
+                _advance(self.heads, row.records)
 
-    def commit(self, changes: Changes) -> int | None:
-        """Write ``changes`` in one transaction; the id of the telemetry row, if there was one.
+    def commit(self, *changes: Changes) -> None:
+        """Write ``changes`` in one transaction.
 
         Raises sqlite3.Error and has written nothing: try again, the same changes are still good.
         """
-        with self._transaction():
-            row = self._write(changes)
-        if changes.telemetry is not None:
-            _advance(self.heads, changes.telemetry)
-        return row
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+        heads = dict(self.heads)
+        self.db.execute("BEGIN IMMEDIATE")
         try:
-            yield
-            self._db.execute("COMMIT")
+            for change in changes:
+                self._write(change, heads)
+            self.db.execute("COMMIT")
         except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
             raise
+        self.heads = heads
+        for change in changes:
+            self._written(change)
 
-    def _write(self, changes: Changes) -> int | None:
-        execute, many = self._db.execute, self._db.executemany
-        row = None
-        if changes.telemetry is not None:
-            blob = changes.telemetry.tobytes()
-            row = execute("INSERT INTO telemetry (crc, records) VALUES (?, ?)", (zlib.crc32(blob), blob)).lastrowid
-        for entry in changes.entries:
-            execute(
-                "INSERT INTO entries (topic, partition, seq, at_ns, key, value) SELECT ?1, ?2, "
-                "coalesce((SELECT max(seq) FROM entries WHERE topic = ?1 AND partition = ?2), 0) + 1, ?3, ?4, ?5",
-                (entry.topic, entry.partition, entry.at_ns, entry.key, entry.value),
-            )
-        if changes.commands:
-            many("INSERT OR REPLACE INTO commands (id, final, at_ns, motor) VALUES (?, ?, ?, ?)", changes.commands)
-        if changes.inbox:
-            many("INSERT OR REPLACE INTO inbox VALUES (?, ?, ?)", [(*at, n) for at, n in changes.inbox.items()])
-        if changes.published:
-            rows = [(*at, *upto) for at, upto in changes.published.items()]
+    def _write(self, change: Changes, heads: dict[int, Head]) -> None:
+        execute, many = self.db.execute, self.db.executemany
+        if change.batch is not None:
+            blob = change.batch.records.tobytes()
+            execute("INSERT INTO telemetry VALUES (?, ?, ?)", (change.batch.id, zlib.crc32(blob), blob))
+            _advance(heads, change.batch.records)
+        for partition, seq in change.skipped.items():
+            heads[partition] = Head(max(seq, heads[partition].seq), heads[partition].sampled_at_ns)
+        if change.entries:
+            many("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", change.entries)
+        if change.commands:
+            many("INSERT OR REPLACE INTO commands (id, final, at_ns, motor) VALUES (?, ?, ?, ?)", change.commands)
+        if change.inbox:
+            many("INSERT OR REPLACE INTO inbox VALUES (?, ?, ?)", [(*at, n) for at, n in change.inbox.items()])
+        if change.published:
+            rows = [(*at, *upto) for at, upto in change.published.items()]
             many("INSERT OR REPLACE INTO published VALUES (?, ?, ?, ?)", rows)
-        return row
+        if change.producer:
+            cluster, pid, epoch, bases = change.producer
+            execute("INSERT OR REPLACE INTO producer VALUES (0, ?, ?, ?)", (cluster, pid, epoch))
+            execute("DELETE FROM bases")
+            many("INSERT INTO bases VALUES (?, ?, ?)", [(*at, base) for at, base in bases.items()])
+        if change.damaged:
+            many("INSERT OR IGNORE INTO damaged VALUES (?, ?)", change.damaged)
+        if change.trim:
+            self._remove(change.trim)
+        if change.save_heads or change.skipped:
+            row = self._one("SELECT max(id) FROM telemetry") or 0  # the start reads on behind it
+            many("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, ?)", [(at, *head, row) for at, head in heads.items()])
+            execute("UPDATE sizes SET value = ? WHERE name = 'entries'", (self._entry_bytes,))
 
-    def save_heads(self) -> None:
-        """Write down the heads, so that the next start reads only what comes after: once a second is enough.
+    def _written(self, change: Changes) -> None:
+        if change.batch is not None:
+            self.row = change.batch.id
+        for entry in change.entries:
+            self.entry = entry.id
+            self.entry_heads[entry.topic, entry.partition] = entry.seq
+            self._entry_bytes += _entry_bytes(entry)
+        if change.trim:
+            self._entry_bytes -= change.trim.entry_bytes
 
-        Forgets the oldest command ids beyond IDS_KEPT, too.
+    # -- the bound -----------------------------------------------------------------------------------------------
+
+    def plan_trim(self, published: Published | None) -> tuple[Trim | None, list[Lost]]:
+        """What to remove to hold the size, oldest first, acknowledged or not; None if nothing.
+
+        ``published``: what the broker has acknowledged; None: there is none that has to. Also returns what is removed
+        without being acknowledged.
         """
-        newest = self._db.execute("SELECT max(id) FROM telemetry").fetchone()[0] or 0
-        rows = [(partition, *head, newest) for partition, head in self.heads.items()]
-        with self._transaction():  # all or none: the start reads on behind the newest of these rows
-            self._db.executemany("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, ?)", rows)
-            self._db.execute(
-                "DELETE FROM commands WHERE final = 1 AND number <= (SELECT max(number) FROM commands) - ?", (IDS_KEPT,)
-            )
-
-    def trim(self, *, published: bool) -> list[Lost]:
-        """Hold the size: remove the oldest batches when it nears the bound, acknowledged or not.
-
-        ``published``: whether batches have to be acknowledged by a broker at all. Returns what was removed without.
-        """
+        lost: list[Lost] = []
+        row = entry = entry_bytes = 0
         used_bytes = self._used_bytes()
-        if used_bytes <= self._max_bytes:
-            return []
-        first, last = self._db.execute("SELECT min(id), max(id) FROM telemetry").fetchone()
-        if first == last:  # the newest row stays: ids go on from it
-            return []
-        surplus = 1 - 0.98 * self._max_bytes / used_bytes
-        upto = min(first + round((last - first) * surplus), first + _TRIM_ROWS, last - 1)
-        lost = self._unacknowledged(first - 1, upto) if published else []
-        self._db.execute("DELETE FROM telemetry WHERE id <= ?", (upto,))
-        self._db.execute(
-            "DELETE FROM entries WHERE EXISTS (SELECT 1 FROM entries AS newer WHERE newer.topic = entries.topic"
-            " AND newer.partition = entries.partition AND newer.seq = entries.seq + ?)",
-            (ENTRIES_KEPT,),
-        )
-        return lost
+        if used_bytes > self.max_bytes:
+            first, last = ends(self.db)
+            if first < last:  # the newest row stays: ids go on from it
+                surplus = 1 - 0.98 * self.max_bytes / used_bytes
+                row = min(first + round((last - first) * surplus), first + _TRIM_ROWS, last - 1)
+                lost = [] if published is None else self._unacknowledged(published, first - 1, row)
+        if (surplus_bytes := self._entry_bytes - self.max_bytes // ENTRIES_SHARE) > 0:
+            entry, entry_bytes = self._oldest_entries(surplus_bytes + self.max_bytes // ENTRIES_SHARE // 50)
+            lost += [] if published is None else self._unacknowledged_entries(published, entry)
+        kept = self.max_bytes // IDS_SHARE // ID_BYTES
+        first_id = self._one("SELECT min(number) FROM commands WHERE final = 1") or 0
+        last_id = self._one("SELECT max(number) FROM commands") or 0
+        command = last_id - kept if last_id - first_id > 1.02 * kept else 0
+        if not (row or entry or command):
+            return None, []
+        return Trim(row, entry, entry_bytes, command), lost
 
-    def _unacknowledged(self, after: int, upto: int) -> list[Lost]:
+    def _remove(self, trim: Trim) -> None:
+        execute = self.db.execute
+        if trim.row:
+            execute("DELETE FROM telemetry WHERE id <= ?", (trim.row,))
+            execute("DELETE FROM damaged WHERE last <= ?", (trim.row,))
+            execute("UPDATE sizes SET value = ? WHERE name = 'first row'", (trim.row + 1,))
+        if trim.entry:
+            execute("DELETE FROM entries WHERE id IN (SELECT id FROM older WHERE id <= ?)", (trim.entry,))
+        if trim.command:
+            execute("DELETE FROM commands WHERE final = 1 AND number <= ?", (trim.command,))
+
+    def _unacknowledged(self, published: Published, after: int, upto: int) -> list[Lost]:
         """What the rows in (after, upto] hold that the broker has not acknowledged."""
-        sql = "SELECT partition, seq, id FROM published WHERE topic = 'telemetry'"
-        published = {partition: (seq, row) for partition, seq, row in self._db.execute(sql)}
+        acknowledged = {partition: published.get(("telemetry", partition), (0, 0)) for partition in self.heads}
         behind = [
-            published.get(partition, (0, 0))
-            for partition, head in self.heads.items()
-            if published.get(partition, (0, 0))[0] < head.seq
+            acknowledged[partition] for partition, head in self.heads.items() if acknowledged[partition][0] < head.seq
         ]
         if not behind:
             return []
-        seqs = {partition: seq for partition, (seq, _) in published.items()}
+        seqs = {partition: seq for partition, (seq, _) in acknowledged.items()}
         after = max(after, min(row for _, row in behind))
-        return _ranges((batch.records for batch in batches_after(self._db, after, upto)), seqs)
+        return ranges((batch.records for batch in batches_after(self.db, after, upto)), seqs)
+
+    def _oldest_entries(self, surplus_bytes: int) -> tuple[int, int]:
+        """The id up to which entries go, and their bytes. The newest of each partition stays: numbers go on from it."""
+        oldest = self.db.execute("SELECT id, bytes FROM older ORDER BY id LIMIT ?", (_TRIM_ENTRIES,))
+        upto = gone_bytes = 0
+        for number, entry_bytes in oldest:
+            if gone_bytes >= surplus_bytes:
+                break
+            upto, gone_bytes = number, gone_bytes + entry_bytes
+        return upto, gone_bytes
+
+    def _unacknowledged_entries(self, published: Published, upto: int) -> list[Lost]:
+        sql = "SELECT topic, partition, min(seq), max(seq) FROM older WHERE id <= ? GROUP BY 1, 2"
+        found = [
+            Lost(partition, max(first, published.get((topic, partition), (0, 0))[0] + 1), last, topic)
+            for topic, partition, first, last in self.db.execute(sql, (upto,))
+        ]
+        return [lost for lost in found if lost.from_seq <= lost.to_seq]
 
     def _used_bytes(self) -> int:
-        pages, free, page_size = (
-            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-        )
+        pages, free, page_size = (self._one(f"PRAGMA {name}") for name in ("page_count", "freelist_count", "page_size"))
         used: int = (pages - free) * page_size
-        return used
+        return used + min(self.wal_bytes(), self.max_bytes // WAL_SHARE)
 
-    def close(self) -> None:
-        """Save the heads, fold the WAL into the file, close."""
+    # -- the WAL -------------------------------------------------------------------------------------------------
+
+    def wal_bytes(self) -> int:
+        """The size of the WAL."""
+        try:
+            return wal_path(self.path).stat().st_size
+        except OSError:
+            return 0
+
+    def fold(self) -> None:
+        """Bring the WAL into the file as far as that can be, so that it begins anew; waits for nobody.
+
+        Raises WalHeld if it is above its bound and a reader still needs it.
+        """
+        self.db.execute("PRAGMA busy_timeout = 0")
+        held = False
+        with contextlib.suppress(sqlite3.OperationalError):  # the next commit says what is wrong, or goes on in the WAL
+            held = self._one("PRAGMA wal_checkpoint(RESTART)")
+        self.db.execute(f"PRAGMA busy_timeout = {round(BUSY_S * 1000)}")
+        if held and self.wal_bytes() > self.wal_bound:
+            raise WalHeld(f"a reader holds the WAL ({self.wal_bytes() >> 20} MB){holders(self.path)}")
+
+    @property
+    def wal_bound(self) -> int:
+        """Bytes above which the WAL has to be folded before anything more is written."""
+        return max(64 << 20, min(256 << 20, self.max_bytes // WAL_SHARE))
+
+    def damaged(self) -> list[tuple[int, int]]:
+        """Rows first..last of telemetry whose damage was told."""
+        return self.db.execute("SELECT first, last FROM damaged").fetchall()
+
+    def close(self, changes: Changes | None = None) -> None:
+        """Write the last ``changes`` and the heads, fold the WAL into the file, close."""
         with contextlib.suppress(sqlite3.Error):
-            self.save_heads()
-        self._db.close()
+            self.commit(changes or Changes(), Changes(save_heads=True))
+        self.db.close()
 
 
 class JournalReader:
     """A reader's side: a connection of its own, read-only. Short transactions: it never holds the writer up."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises JournalError if there is no journal at ``path``."""
+    def __init__(self, path: Path, busy_s: float = BUSY_S, damaged: Callable[[int], None] | None = None) -> None:
+        """Raises JournalError if there is no journal at ``path``.
+
+        ``busy_s``: how long a call waits for somebody's lock. ``damaged`` is called with each telemetry row that
+        turns out to be unreadable.
+        """
         if not path.exists():
             raise JournalError(f"journal {path}: there is none (has the gateway run with this state_dir?)")
+        self._damaged = damaged
         try:
-            self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False, timeout=2.0)
+            self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False, timeout=busy_s)
             row = self._db.execute("SELECT stream, arm FROM stream").fetchone()
         except sqlite3.Error as error:
             raise JournalError(f"journal {path}: {error}") from error
@@ -338,7 +482,7 @@ class JournalReader:
 
     def batches(self, after: int, limit: int) -> list[Batch]:
         """Up to ``limit`` telemetry rows behind row ``after``, oldest first. A damaged row is left out, and logged."""
-        return list(batches_after(self._db, after, limit=limit))
+        return list(batches_after(self._db, after, limit=limit, damaged=self._damaged))
 
     def entries(self, after: int, limit: int, topic: str | None = None) -> list[StoredEntry]:
         """Up to ``limit`` events and outcomes behind entry ``after``, oldest first."""
@@ -374,8 +518,14 @@ class JournalReader:
 
     def newest_entries(self) -> dict[tuple[str, int], int]:
         """{(topic, partition): newest seq} of events and outcomes."""
-        rows = self._db.execute("SELECT topic, partition, max(seq) FROM entries GROUP BY topic, partition").fetchall()
-        return {(topic, partition): seq for topic, partition, seq in rows}
+        return newest_entries(self._db)
+
+    def producer(self) -> ProducerState | None:
+        """The producer's identity that was written down last."""
+        bases = self._db.execute("SELECT topic, partition, base FROM bases").fetchall()
+        for cluster, pid, epoch in self._db.execute("SELECT cluster, pid, epoch FROM producer"):
+            return ProducerState(cluster, pid, epoch, {(topic, partition): base for topic, partition, base in bases})
+        return None
 
     def published(self) -> dict[tuple[str, int], tuple[int, int]]:
         """{(topic, partition): (seq, row id)} that the broker has acknowledged."""
@@ -387,14 +537,109 @@ class JournalReader:
         self._db.close()
 
 
-def batches_after(db: sqlite3.Connection, after: int, upto: int = 2**62, *, limit: int = -1) -> Iterator[Batch]:
-    """Telemetry rows with ids in (after, upto], decoded; rows whose checksum is wrong are logged and left out."""
+def ends(db: sqlite3.Connection) -> tuple[int, int]:
+    """Where the rows of telemetry begin (the first may be damaged), and the newest."""
+    first = db.execute("SELECT value FROM sizes WHERE name = 'first row'").fetchone()[0]
+    return first, db.execute("SELECT max(id) FROM telemetry").fetchone()[0] or 0
+
+
+class Row(NamedTuple):
+    """One row of telemetry, damaged (``records`` is None) or not. ``most``: how many records it may have held."""
+
+    id: int
+    records: Records | None
+    most: int
+
+
+UNKNOWN_MOST = 100_000  # a row that nothing is known of; far more than one commit holds
+
+
+def read_rows(db: sqlite3.Connection, after: int, upto: int = 2**62, *, limit: int = -1) -> list[Row]:
+    """Telemetry rows with ids in (after, upto], oldest first, ``limit`` at most (-1: all).
+
+    Where SQLite cannot read a page of them, they are read one by one: only those that it hits count as damaged.
+    """
     sql = "SELECT id, crc, records FROM telemetry WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
-    for row, crc, blob in db.execute(sql, (after, upto, limit)).fetchall():
-        if zlib.crc32(blob) != crc or len(blob) % RECORD.itemsize:
-            log.error("journal: telemetry row %d is damaged and left out", row)
-        else:
-            yield Batch(row, np.frombuffer(blob, RECORD))
+    try:
+        return [_row(*found) for found in db.execute(sql, (after, upto, limit)).fetchall()]
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+    first, last = ends(db)
+    rows: list[Row] = []
+    for number in range(max(after + 1, first), min(upto, last) + 1):
+        try:
+            found = db.execute("SELECT id, crc, records FROM telemetry WHERE id = ?", (number,)).fetchone()
+            rows += [_row(*found)] if found else []
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            rows.append(Row(number, None, UNKNOWN_MOST))
+        if len(rows) == limit:
+            break
+    return rows
+
+
+def _row(number: int, crc: int, blob: object) -> Row:
+    if not isinstance(blob, bytes):
+        return Row(number, None, UNKNOWN_MOST)
+    whole = zlib.crc32(blob) == crc and len(blob) % RECORD.itemsize == 0
+    return Row(number, np.frombuffer(blob, RECORD) if whole else None, -(-len(blob) // RECORD.itemsize))
+
+
+def batches_after(
+    db: sqlite3.Connection,
+    after: int,
+    upto: int = 2**62,
+    *,
+    limit: int = -1,
+    damaged: Callable[[int], None] | None = None,
+) -> Iterator[Batch]:
+    """As ``read_rows``, without the damaged ones, which are logged. Empty only where there is nothing more to read."""
+    found = False
+    while not found and (rows := read_rows(db, after, upto, limit=limit)):
+        for row in rows:
+            if row.records is not None:
+                found = True
+                yield Batch(row.id, row.records)
+                continue
+            log.error("journal: telemetry row %d is damaged and left out", row.id)
+            if damaged:
+                damaged(row.id)
+        after = rows[-1].id
+
+
+def newest_entries(db: sqlite3.Connection) -> dict[tuple[str, int], int]:
+    """{(topic, partition): newest seq}, from one look into the index for each, however many entries there are."""
+    found: dict[tuple[str, int], int] = {}
+    topic = _first(db, "SELECT min(topic) FROM entries")
+    while topic is not None:
+        partition = _first(db, "SELECT min(partition) FROM entries WHERE topic = ?", topic)
+        while partition is not None:
+            at = (topic, partition)
+            found[at] = _first(db, "SELECT max(seq) FROM entries WHERE topic = ? AND partition = ?", *at)
+            partition = _first(db, "SELECT min(partition) FROM entries WHERE topic = ? AND partition > ?", *at)
+        topic = _first(db, "SELECT min(topic) FROM entries WHERE topic > ?", topic)
+    return found
+
+
+def _first(db: sqlite3.Connection, sql: str, *values: object) -> Any:
+    return db.execute(sql, values).fetchone()[0]
+
+
+def is_broken(error: sqlite3.Error) -> bool:
+    """Whether SQLite says that the file is malformed or no database, which no later try heals."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether what was read is damaged: the page makes no sense, or the disk cannot read it."""
+    unreadable = {sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS}
+    return is_broken(error) or getattr(error, "sqlite_errorcode", 0) in unreadable
+
+
+def _entry_bytes(entry: StoredEntry) -> int:
+    return len(entry.key.encode()) + len(entry.value) + ENTRY_BYTES
 
 
 def _advance(heads: dict[int, Head], records: Records) -> None:
@@ -402,7 +647,7 @@ def _advance(heads: dict[int, Head], records: Records) -> None:
         heads[partition] = Head(int(mine["seq"][-1]), int(mine["sampled_at_ns"][-1]))
 
 
-def _ranges(batches: Iterable[Records], behind: Mapping[int, int]) -> list[Lost]:
+def ranges(batches: Iterable[Records], behind: Mapping[int, int]) -> list[Lost]:
     """First and last sequence number of each partition in ``batches`` behind that of ``behind``."""
     ranges: dict[int, tuple[int, int]] = {}
     for records in batches:
@@ -411,15 +656,3 @@ def _ranges(batches: Iterable[Records], behind: Mapping[int, int]) -> list[Lost]
             if seqs:
                 ranges[partition] = (ranges.get(partition, (seqs[0], 0))[0], seqs[-1])
     return [Lost(partition, *span) for partition, span in ranges.items()]
-
-
-def set_aside(path: Path, why: str) -> Path:
-    """Rename a journal (and its WAL files) to a name that is free, so that a new stream begins. Never deletes one."""
-    number = next(n for n in range(1, 10_000) if not path.with_suffix(f".aside-{n}").exists())
-    aside = path.with_suffix(f".aside-{number}")
-    for suffix in ("", "-wal", "-shm"):
-        part = path.with_name(path.name + suffix)
-        if part.exists():
-            part.rename(aside.with_name(aside.name + suffix))
-    log.error("journal %s %s: set aside as %s, a new stream begins", path, why, aside)
-    return aside

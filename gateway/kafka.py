@@ -9,7 +9,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import KafkaError, ProducerClosed, TopicAlreadyExistsError, for_code
 from aiokafka.helpers import create_ssl_context
 
 from gateway.config import Config, ConfigError, Fault, Kafka
@@ -57,12 +57,15 @@ async def stop(client: Any) -> None:
     try:
         await asyncio.wait_for(client.stop(), STOP_S)
     except TimeoutError:
-        # a producer waits for its last batches, for ever (aiokafka#1101); only its sender can be told to give up
-        with contextlib.suppress(TimeoutError, KafkaError, OSError, asyncio.CancelledError):
-            if sender := getattr(client, "_sender", None):
-                await asyncio.wait_for(sender.close(), STOP_S)
-            if connections := getattr(client, "client", None):
-                await asyncio.wait_for(connections.close(), STOP_S)
+        # a producer waits for its last batches, for ever (aiokafka#1101), and its sender for answers
+        sender = getattr(client, "_sender", None)
+        if sender and sender.sender_task:
+            client._message_accumulator.fail_all(ProducerClosed())
+            sender.sender_task.cancel()
+        with contextlib.suppress(TimeoutError, KafkaError, OSError):
+            await asyncio.wait_for((client.client if sender else client._client).close(), STOP_S)
+        if sender and sender.sender_task:
+            await asyncio.wait([sender.sender_task], timeout=STOP_S)
     except (KafkaError, OSError) as error:
         log.debug("stopping a Kafka client: %s", error)
 
@@ -78,38 +81,43 @@ async def running(client: Any) -> AsyncIterator[Any]:
 
 
 @contextlib.asynccontextmanager
-async def _admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(**client_options(kafka))
+async def admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
+    """An admin client, started; closed afterwards in bounded time."""
+    client = AIOKafkaAdminClient(**client_options(kafka))
     try:
-        await admin.start()
-        yield admin
+        await client.start()
+        yield client
     finally:
         with contextlib.suppress(TimeoutError, KafkaError, OSError):
-            await asyncio.wait_for(admin.close(), STOP_S)
+            await asyncio.wait_for(client.close(), STOP_S)
 
 
-async def ensure_topics(config: Config) -> None:
-    """Create the arm's topics where they are missing. Raises TopicMismatch if one has too few partitions."""
+async def ensure_topics(config: Config) -> str:
+    """Create the arm's topics where they are missing; the cluster's id.
+
+    Raises TopicMismatch if a topic has too few partitions.
+    """
     assert config.kafka is not None  # noqa: S101  callers have a broker
     needed = 1 + max(motor.partition for motor in config.motors)
     names = [config.topic(topic) for topic in ("telemetry", "events", "outcomes", "commands")]
-    async with _admin(config.kafka) as admin:
-        missing = set(names) - set(await admin.list_topics())
+    async with admin(config.kafka) as client:
+        missing = set(names) - set(await client.list_topics())
         if missing:
             # an empty assignment makes aiokafka pass on -1, the broker's own default, which it refuses otherwise
             factor = config.kafka.replication_factor
             new = [NewTopic(name, needed, factor, {} if factor == -1 else None) for name in sorted(missing)]
-            for name, code, *message in (await admin.create_topics(new)).topic_errors:
+            for name, code, *message in (await client.create_topics(new)).topic_errors:
                 if code and for_code(code) is not TopicAlreadyExistsError:
                     raise for_code(code)(f"creating topic {name}: {message[0] if message else ''}")
             log.info("created topics %s with %d partitions", ", ".join(sorted(missing)), needed)
-        for topic in await admin.describe_topics(names):
+        for topic in await client.describe_topics(names):
             if (found := len(topic["partitions"])) and found < needed:
                 raise TopicMismatch(
                     f"topic {topic['topic']} has {found} partitions, but the motors of arm {config.arm.name!r} use "
                     f"0..{needed - 1}: add partitions (kafka-topics --alter --topic {topic['topic']} "
                     f"--partitions {needed}) or give the motors partitions below {found}"
                 )
+        return str((await client.describe_cluster())["cluster_id"])
 
 
 async def assign(consumer: AIOKafkaConsumer, positions: Mapping[TopicPartition, int]) -> None:
@@ -127,9 +135,9 @@ async def assign(consumer: AIOKafkaConsumer, positions: Mapping[TopicPartition, 
 
 async def partitions_of(kafka: Kafka, topic: str) -> list[TopicPartition]:
     """All partitions of a topic, in order. Raises TopicMismatch if there is no such topic, and does not create it."""
-    async with _admin(kafka) as admin:
-        if topic in await admin.list_topics():
-            described = await admin.describe_topics([topic])
+    async with admin(kafka) as client:
+        if topic in await client.list_topics():
+            described = await client.describe_topics([topic])
             return [TopicPartition(topic, number) for number in range(len(described[0]["partitions"]))]
     raise TopicMismatch(f"there is no topic {topic} (has the gateway been connected to this broker?)")
 

@@ -2,7 +2,8 @@
 
 The gateway keeps how far it has read in its own journal, in the same commit as what it did about a record, so no
 command is read twice or passed over across restarts. A journal that knows nothing yet begins at the topic's
-beginning: what is old expires, with an outcome.
+beginning: what is old expires, with an outcome. Only the gateway that holds the arm's claim (``gateway.claim``) takes
+commands; another leaves them where they are.
 """
 
 import asyncio
@@ -20,17 +21,23 @@ log = logging.getLogger(__name__)
 
 SOURCE = "kafka"
 RETRY_S = 1.0
+CLAIM_S = 0.1
 MOST_RECORDS = 200
 
 
 async def follow(
-    config: Config, starts: Mapping[int, int], handle: Callable[[Sequence[Incoming]], Awaitable[None]]
+    config: Config,
+    starts: Mapping[int, int],
+    handle: Callable[[Sequence[Incoming]], Awaitable[None]],
+    ours: Callable[[], bool],
 ) -> None:
-    """Hand every command behind ``starts`` ({partition: offset}) on to ``handle``, until cancelled."""
+    """Hand every command behind ``starts`` ({partition: offset}) on to ``handle`` while ``ours()``, until cancelled."""
     assert config.kafka is not None  # noqa: S101  the composition root follows no topic otherwise
     positions = dict(starts)
     told = False
     while True:
+        while not ours():  # noqa: ASYNC110  the claim lapses by the clock
+            await asyncio.sleep(CLAIM_S)
         try:
             partitions = await kafka.partitions_of(config.kafka, config.topic("commands"))
             async with kafka.running(_consumer(config.kafka)) as consumer:
@@ -38,6 +45,8 @@ async def follow(
                 told = False
                 while True:
                     found = await consumer.getmany(timeout_ms=1000, max_records=MOST_RECORDS)
+                    if not ours():
+                        break
                     records = [record for records in found.values() for record in records]
                     if records:
                         await handle([_incoming(record) for record in records])

@@ -31,7 +31,8 @@ def _worker_plan(config: Config, bus: CanBus | SerialBus, links: Path) -> Plan:
         offline_after_ns=round(config.arm.offline_after_ms * MS),
         setpoint_ns=round(config.arm.setpoint_timeout_ms * MS),
     )
-    motors = tuple(motor.driven() for motor in config.motors_on(bus.name))
+    watchdog_ns = round(config.arm.motor_watchdog_ms * MS)
+    motors = tuple(replace(motor.driven(), watchdog_ns=watchdog_ns) for motor in config.motors_on(bus.name))
     hosted = config.simulation is not None and _is_virtual(bus)
     simulated = _simulated_bus(config, bus, links, pty=False) if hosted else None
     return Plan(_bus_spec(config, bus, links), motors, timing, config.arm.realtime, simulated)

@@ -4,36 +4,53 @@
                             ^-- acknowledged: the lane moves on
 
 A lane knows the sequence number that the broker has acknowledged. It has one batch in flight at most, so a partition
-whose leader is away holds up no other. Idempotence makes a retry inside one producer harmless; after any other doubt
-(start, a failed producer) a session begins anew, asks every partition for its last record, and goes on behind it.
+whose leader is away holds up no other. After any doubt (start, a failed producer) a session begins anew, asks every
+partition for its last record, and goes on behind it, as the same producer (``gateway.producer``): what a killed gateway
+still has on its way competes for the same places in the partition, and the broker gives each away once. The newest
+records come from memory (``gateway.recent``), so that a sick disk stops nothing.
 """
 
 import asyncio
 import functools
-import itertools
 import logging
+import sqlite3
 from abc import ABC, abstractmethod
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import (
+    InvalidTimestampError,
+    KafkaError,
+    OutOfOrderSequenceNumber,
+    ProducerFenced,
+    UnknownProducerId,
+)
 from aiokafka.structs import RecordMetadata
 
 from drivers.clock import MS, SECOND, after, left_s, monotonic_ns
 from gateway import kafka, telemetry
+from gateway.claim import Claim, ClaimLapsed, ClaimLost
 from gateway.config import Config
-from gateway.journal import Batch, JournalReader, StoredEntry
+from gateway.events import EventType
+from gateway.journal import JournalReader, ProducerState, StoredEntry
+from gateway.producer import ContinuedProducer, NoPlace, begins_epoch, next_epoch
+from gateway.recent import Recent, Split
 from gateway.stamp import Head
 from gateway.telemetry import Records, by_partition
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES = 512 << 10  # well below the broker's default limit of 1 MiB
 BATCH_RECORDS = 2048  # bounds how long the event loop is away while a backlog drains
 RETRY_FIRST_S, RETRY_MOST_S = 0.2, 5.0
+SICK_NS = SECOND  # how long a lane waits before it asks a disk again that could not be read
+UNDATED_NS = 10 * SECOND  # how long a lane sends records without a time after the broker refused theirs
+NO_TIMESTAMP = -1  # which the broker takes, whatever its limits
+# A record that the leader has is hidden from readers until its followers have it, or are given up (30 s by default).
+# Only then does a refusal behind an unmoved tail mean that broker and gateway disagree for good.
+HIDDEN_NS = 45 * SECOND
 SEQ_HEADER = "servo-seq"  # stream and seq of a record whose value has no place for them
 
 
@@ -70,6 +87,9 @@ class Lane(ABC):
         self.row = 0  # of the journal; everything up to it is acknowledged or not ours
         self.busy = False
         self.next_offset = 0  # where the broker puts the next record, if nobody else writes
+        self.refused: tuple[int, int] | None = None  # (next_offset, monotonic) at the first refusal as out of order
+        self.sick_until = 0  # monotonic
+        self.undated_until = 0  # monotonic
 
     @abstractmethod
     def pending(self) -> bool:
@@ -77,7 +97,7 @@ class Lane(ABC):
 
     @abstractmethod
     def take(self) -> Sequence[Item]:
-        """The records behind ``seq``, oldest first, at most BATCH_RECORDS; always the same until acknowledged."""
+        """The records behind ``seq``, oldest first; always the same until acknowledged. Raises sqlite3.Error."""
 
     @abstractmethod
     def seq_of(self, record: ConsumerRecord) -> tuple[int, int]:
@@ -94,36 +114,32 @@ class Pages:
     ROWS = 256
     KEPT = 8
 
-    def __init__(self, reader: JournalReader) -> None:
+    def __init__(self, reader: JournalReader, recent: Recent) -> None:
         self._reader = reader
-        self._pages: OrderedDict[int, list[tuple[int, dict[int, Records]]]] = OrderedDict()
-        self._recent: deque[tuple[int, dict[int, Records]]] = deque(maxlen=4 * self.ROWS)
-        self.end = reader.ends()[0]
+        self._recent = recent
+        self._pages: OrderedDict[int, list[tuple[int, Split]]] = OrderedDict()
 
-    def append(self, row: int, records: Records) -> None:
-        """A row that was just committed."""
-        self._recent.append((row, dict(by_partition(records))))
-        self.end = row
+    @property
+    def end(self) -> int:
+        """The newest row."""
+        return self._recent.row
 
-    def behind(self, row: int) -> list[tuple[int, dict[int, Records]]]:
-        """Some rows behind ``row``, oldest first; empty only where the log ends."""
-        if self._recent and self._recent[0][0] <= row + 1:
-            newest_first = itertools.takewhile(lambda entry: entry[0] > row, reversed(self._recent))
-            return list(newest_first)[::-1]
-        while row < self.end:
+    def behind(self, row: int) -> list[tuple[int, Split]]:
+        """Some rows behind ``row``, oldest first; empty only where the log ends. Raises sqlite3.Error."""
+        while (rows := self._recent.rows(row)) is None:
             number = (row + 1) // self.ROWS
             if rows := [entry for entry in self._page(number) if entry[0] > row]:
                 return rows
             row = (number + 1) * self.ROWS - 1  # a page that was trimmed away
-        return []
+        return rows
 
-    def _page(self, number: int) -> list[tuple[int, dict[int, Records]]]:
+    def _page(self, number: int) -> list[tuple[int, Split]]:
         page = self._pages.get(number)
         if page is None:
             first = number * self.ROWS
             batches = self._reader.batches(first - 1, self.ROWS)
             page = [(batch.id, dict(by_partition(batch.records))) for batch in batches if batch.id < first + self.ROWS]
-            if first + self.ROWS <= self.end:  # a page that still grows is not kept
+            if first + self.ROWS <= self._recent.saved_row:  # a page that still grows is not kept
                 self._pages[number] = page
                 if len(self._pages) > self.KEPT:
                     self._pages.popitem(last=False)
@@ -181,9 +197,10 @@ class TelemetryLane(Lane):
 class EntryLane(Lane):
     """One partition of events or outcomes."""
 
-    def __init__(self, name: str, topic: str, partition: int, reader: JournalReader) -> None:
+    def __init__(self, name: str, topic: str, partition: int, reader: JournalReader, recent: Recent) -> None:
         super().__init__(name, topic, partition)
         self._reader = reader
+        self._recent = recent
         self._stream = reader.stream
         self._dirty = True
 
@@ -195,7 +212,9 @@ class EntryLane(Lane):
         return self._dirty
 
     def take(self) -> Sequence[Item]:
-        entries = self._reader.partition_entries(self.name, self.partition, self.seq, BATCH_RECORDS)
+        entries = self._recent.entries(self.name, self.partition, self.seq, BATCH_RECORDS)
+        if entries is None:
+            entries = self._reader.partition_entries(self.name, self.partition, self.seq, BATCH_RECORDS)
         self._dirty = len(entries) == BATCH_RECORDS
         return [self._item(entry) for entry in entries]
 
@@ -221,9 +240,10 @@ class EntryLane(Lane):
 class Publisher:
     """Keeps the arm's telemetry, events and outcomes flowing to the broker.
 
-    ``heads`` are the newest records that the journal held when this run began. ``bookmark`` is called with (topic,
-    partition, seq, row) as the broker acknowledges; ``changed`` with the state (``up``, ``down``, ``refused``) and what
-    is wrong, when that changes.
+    ``heads`` are the newest records that the journal held when this run began; ``recent`` holds what has come since.
+    ``bookmark`` is called with (topic, partition, seq, row) as the broker acknowledges; ``changed`` with the state
+    (``up``, ``down``, ``refused``, ``contested``) and what is wrong, when that changes; ``event`` with what else is
+    worth telling. ``remember`` writes down who we are to the broker, before that is used.
     """
 
     def __init__(
@@ -231,43 +251,50 @@ class Publisher:
         config: Config,
         reader: JournalReader,
         heads: Mapping[int, Head],
+        recent: Recent,
+        *,
         bookmark: Callable[[str, int, int, int], None],
         changed: Callable[[str, str], None],
+        event: Callable[..., None],
+        remember: Callable[[ProducerState], Awaitable[None]],
     ) -> None:
         assert config.kafka is not None  # noqa: S101  the composition root makes no publisher otherwise
         self._config = config
         self._options = kafka.client_options(config.kafka)  # raises ConfigError for a secret that is not there
-        self._reader = reader
+        self._stream = reader.stream
         self._bookmark = bookmark
         self._changed = changed
-        self._pages = Pages(reader)
+        self._event = event
+        self._remember = remember
+        pages = Pages(reader, recent)
         encoding = config.kafka.format
         self._entry_lanes = {
-            (name, partition): EntryLane(name, config.topic(name), partition, reader)
+            (name, partition): EntryLane(name, config.topic(name), partition, reader, recent)
             for name in ("events", "outcomes")
             for partition in sorted({0, *(motor.partition for motor in config.motors)})
         }
         self._telemetry_lanes = {
-            motor.partition: TelemetryLane(
-                config.topic("telemetry"), motor.partition, motor.name, self._pages, encoding
-            )
+            motor.partition: TelemetryLane(config.topic("telemetry"), motor.partition, motor.name, pages, encoding)
             for motor in config.motors
         }
         self._lanes: list[Lane] = [*self._telemetry_lanes.values(), *self._entry_lanes.values()]
         self._held_at_start = {("telemetry", p): head.seq for p, head in heads.items()} | reader.newest_entries()
+        self._bookmarks = reader.published()  # read once: later the disk may not answer
+        self._identity = reader.producer()
+        self._identity_refused = False
         self._went_behind_tails = False
         self._wake = asyncio.Event()
         self._failure: BaseException | None = None
+        self._told_timestamps = False
+        self.claim = Claim(config, reader.stream)
         self.state = "down"
 
     # -- what the log tells --------------------------------------------------------------------------------------
 
-    def committed(self, batch: Batch | None, entries: Sequence[tuple[str, int]]) -> None:
-        """A commit added this telemetry row and entries for these (topic, partition)."""
-        if batch is not None:
-            self._pages.append(batch.id, batch.records)
-        for at in entries:
-            if lane := self._entry_lanes.get(at):
+    def committed(self, entries: Sequence[StoredEntry]) -> None:
+        """``recent`` has more: telemetry, and these entries."""
+        for entry in entries:
+            if lane := self._entry_lanes.get((entry.topic, entry.partition)):
                 lane.appended()
         self._wake.set()
 
@@ -296,7 +323,9 @@ class Publisher:
                 raise
             except ForeignRecord as error:
                 self._tell("refused", str(error))
-            except (KafkaError, OSError, TimeoutError) as error:
+            except ClaimLost as error:
+                self._tell("contested", str(error))
+            except (KafkaError, OSError, TimeoutError, ClaimLapsed, NoPlace) as error:
                 self._tell("down", f"{type(error).__name__}: {error}")
             except Exception as error:
                 log.exception("publishing failed; trying again")
@@ -322,24 +351,44 @@ class Publisher:
             self._changed(state, detail)
 
     async def _session(self) -> None:
-        await kafka.ensure_topics(self._config)
-        async with kafka.running(
-            AIOKafkaProducer(
-                **self._options,
-                enable_idempotence=True,
-                acks="all",
-                max_batch_size=BATCH_BYTES,
-                request_timeout_ms=10_000,
-            )
-        ) as producer:
+        cluster = await kafka.ensure_topics(self._config)
+        self._failure = None
+        async with self.claim.held(lambda other: self._tell("contested", other)) as keeping:
+            keeping.add_done_callback(self._claim_ended)
+            try:
+                await self._as_one_producer(cluster)
+            except JournalBehind:
+                await self.claim.give_up()  # the stream that begins next is another
+                raise
+
+    async def _as_one_producer(self, cluster: str) -> None:
+        known = self._identity
+        if known and known.cluster != cluster:
+            self._bookmarks.clear()  # of the cluster before
+            known = None
+        if self._identity_refused:
+            known = None
+        identity = (known.pid, known.epoch) if known else None
+        async with kafka.running(ContinuedProducer(identity, **self._options, request_timeout_ms=10_000)) as producer:
+            pid, epoch = producer.identity
+            self._identity = known or ProducerState(cluster, pid, epoch, {})
+            self._identity_refused = False
             await self._go_behind_tails()
-            self._failure = None
+            await self._place_lanes()
+            self._told_timestamps = False
             self._tell("up", "")
             await self._publish(producer)
 
+    def _claim_ended(self, keeping: "asyncio.Task[None]") -> None:
+        if not keeping.cancelled():
+            self._fail(keeping.exception())
+
+    def _fail(self, error: BaseException | None) -> None:
+        self._failure = self._failure or error
+        self._wake.set()
+
     async def _go_behind_tails(self) -> None:
         """Ask every partition what it holds, and set each lane behind that."""
-        bookmarks = self._reader.published()
         lanes = {TopicPartition(lane.topic, lane.partition): lane for lane in self._lanes}
         async with kafka.running(AIOKafkaConsumer(**self._options, enable_auto_commit=False)) as consumer:
             tails = await kafka.last_records(consumer, lanes)
@@ -347,11 +396,9 @@ class Publisher:
             lane = lanes[tp]
             lane.busy = False
             lane.next_offset = end
-            seq, row = bookmarks.get((lane.name, lane.partition), (0, 0))
-            if record is not None:
-                stream, tail_seq = lane.seq_of(record)
-                if stream != self._reader.stream:
-                    tail_seq = 0
+            seq, row = self._bookmarks.get((lane.name, lane.partition), (0, 0))
+            stream, tail_seq = lane.seq_of(record) if record is not None else (0, 0)
+            if stream == self._stream:
                 held = self._held_at_start.get((lane.name, lane.partition), 0)
                 if not self._went_behind_tails and tail_seq > held:
                     raise JournalBehind(
@@ -364,29 +411,81 @@ class Publisher:
                 lane.acknowledged(tail_seq, row)
             elif end == 0:  # a new topic: all that the journal holds
                 lane.acknowledged(0, 0)
-            else:  # everything has expired there
+            else:  # everything has expired there, or another gateway published meanwhile
                 lane.acknowledged(seq, row)
         self._went_behind_tails = True
 
+    # -- who we are to the broker --------------------------------------------------------------------------------
+
+    async def _place_lanes(self) -> None:
+        """See to it that every lane has a base, and that it is written down."""
+        assert self._identity is not None  # noqa: S101  the session has set it
+        bases = self._identity.bases
+        fresh = {
+            (lane.name, lane.partition): lane.seq + 1
+            for lane in self._lanes
+            if (lane.name, lane.partition) not in bases
+        }
+        if fresh:
+            await self._rebase(fresh)
+
+    async def _rebase(self, bases: Mapping[tuple[str, int], int]) -> None:
+        assert self._identity is not None  # noqa: S101  the session has set it
+        self._identity = self._identity._replace(bases={**self._identity.bases, **bases})
+        await self._remember(self._identity)
+
+    def _position(self, lane: Lane, seq: int) -> int:
+        """The place of a lane's record in the sequence that the broker checks."""
+        assert self._identity is not None  # noqa: S101  the session has set it
+        return seq - self._identity.bases[lane.name, lane.partition]
+
+    def _begin_anew(self) -> None:
+        """Take a fresh identity in the next session."""
+        log.warning("the broker does not know our place any more: going on as a new producer")
+        self._identity_refused = True
+
     # -- the flow ------------------------------------------------------------------------------------------------
 
-    async def _publish(self, producer: AIOKafkaProducer) -> None:
+    async def _publish(self, producer: ContinuedProducer) -> None:
         while True:
             self._wake.clear()
             for lane in self._lanes:
-                if not lane.busy and lane.pending():
+                if not lane.busy and lane.pending() and (not lane.sick_until or monotonic_ns() >= lane.sick_until):
                     await self._send(producer, lane)
             if self._failure:
                 raise self._failure
             await self._wake.wait()
 
-    async def _send(self, producer: AIOKafkaProducer, lane: Lane) -> None:
-        batch = producer.create_batch()
+    async def _send(self, producer: ContinuedProducer, lane: Lane) -> None:
+        try:
+            items = lane.take()
+        except sqlite3.Error as error:  # what is not in memory waits until the disk can be read again
+            if not lane.sick_until:
+                log.warning("%s-%d: the journal cannot be read: %s", lane.topic, lane.partition, error)
+            lane.sick_until = after(monotonic_ns(), SICK_NS)
+            return
+        lane.sick_until = 0
+        if not items:
+            return
+        first = items[0].seq
+        position = self._position(lane, first)
+        if first != lane.seq + 1 and not begins_epoch(position):  # it does if a session got as far and was not heard
+            position = next_epoch(position)
+            await self._rebase({(lane.name, lane.partition): first - position})
+        try:
+            batch = producer.place_batch(position)
+        except NoPlace:
+            self._begin_anew()
+            raise
         append = batch.append
+        undated = lane.undated_until and monotonic_ns() < lane.undated_until
+        behind = first + next_epoch(position) - position  # the seq that begins another epoch
         last = None
-        for item in lane.take():
-            headers = list(item.headers)
-            if append(timestamp=item.at_ns // MS, key=item.key, value=item.value, headers=headers) is None:
+        for seq, item in zip(range(first, behind), items, strict=False):
+            if item.seq != seq:
+                break
+            timestamp = NO_TIMESTAMP if undated else item.at_ns // MS
+            if append(timestamp=timestamp, key=item.key, value=item.value, headers=list(item.headers)) is None:
                 break
             last = item
         if last is None:
@@ -400,9 +499,9 @@ class Publisher:
         if future.cancelled():
             return
         if error := future.exception():
-            self._failure = error
-            self._wake.set()
+            self._refused(lane, error)
             return
+        lane.refused = None
         offset = future.result().offset  # -1: the broker had it already, from a try whose answer was lost
         if offset not in {-1, lane.next_offset}:
             log.error(
@@ -410,8 +509,38 @@ class Publisher:
                 lane.topic, lane.partition, offset, lane.next_offset,
             )  # fmt: skip
             lane.next_offset = offset
+            self.claim.check_now()
         lane.next_offset += count
         lane.acknowledged(last.seq, last.row)
+        self._bookmarks[lane.name, lane.partition] = (lane.seq, lane.row)
         self._bookmark(lane.name, lane.partition, lane.seq, lane.row)
         if lane.pending():  # else the next commit wakes us: a wake costs more than a record
             self._wake.set()
+
+    def _refused(self, lane: Lane, error: BaseException) -> None:
+        if isinstance(error, InvalidTimestampError) and monotonic_ns() >= lane.undated_until:
+            self._refused_timestamps(lane)
+            return
+        if isinstance(error, OutOfOrderSequenceNumber | UnknownProducerId):
+            offset, since = lane.refused or (-1, 0)
+            if offset != lane.next_offset:  # something of ours was there first; the tail will tell what
+                lane.refused = (lane.next_offset, monotonic_ns())
+            elif monotonic_ns() - since > HIDDEN_NS:
+                lane.refused = None
+                self._begin_anew()
+        elif isinstance(error, ProducerFenced):
+            self._begin_anew()
+        self._fail(error)
+
+    def _refused_timestamps(self, lane: Lane) -> None:
+        lane.undated_until = after(monotonic_ns(), UNDATED_NS)
+        if not self._told_timestamps:
+            self._told_timestamps = True
+            detail = (
+                f"topic {lane.topic} refuses the time of our records, which are sent without it (their values have "
+                "it): allow older and newer ones with message.timestamp.before.max.ms and .after.max.ms, or set the "
+                "clocks of the broker and this machine"
+            )
+            log.warning("kafka: %s", detail)
+            self._event(EventType.KAFKA_TIMESTAMP_REFUSED, topic=lane.topic, detail=detail)
+        self._wake.set()

@@ -8,7 +8,7 @@ drops them and tells so. Used on the event loop's thread only.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import takewhile
 
 from gateway.journal import Batch, StoredEntry
@@ -49,10 +49,11 @@ class Recent:
             while len(kept) > ENTRIES_KEPT and kept[0].id <= entry:
                 kept.popleft()
 
-    def forget(self, row: int) -> None:
-        """Unsaved rows up to this one were given up, to bound the memory."""
-        while self._rows and self._rows[0][0] <= row:
-            self._rows.popleft()
+    def forget(self, rows: Collection[int], entries: Collection[int]) -> None:
+        """Unsaved rows and entries with these ids were given up, to bound the memory."""
+        self._rows = deque(kept for kept in self._rows if kept[0] not in rows)
+        for at, kept in self._entries.items():
+            self._entries[at] = deque(entry for entry in kept if entry.id not in entries)
 
     def rows(self, after: int) -> list[tuple[int, Split]] | None:
         """Rows behind row ``after``, oldest first; None if older ones than these are to be read from the journal."""

@@ -2,6 +2,7 @@
 
 lock          held by the one gateway that runs this arm
 journal.db    the log (gateway.journal), written by that gateway only
+cursors/      where named readers of the journal left off (gateway.cursor)
 commands.db   commands put in on this machine (gateway.local_commands)
 status.json   rewritten every second
 sim/          links to the pseudo-terminals of simulated motors
@@ -55,9 +56,10 @@ class StateDir:
                     f"state_dir {self.path}: a gateway runs this arm already (process {holder}); stop it, or use "
                     "another state_dir"
                 ) from None
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: the lock holds, nobody can read whose it is
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n")
+                file.flush()
             yield
 
     def running_pid(self) -> int | None:

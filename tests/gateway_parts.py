@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from drivers.clock import SECOND, after, monotonic_ns
 from drivers.motor import SAMPLE
 from gateway import telemetry
 from gateway.config import Config, loads
+from gateway.journal import Batch, StoredEntry
 
 ARM = """\
 [arm]
@@ -65,11 +67,13 @@ def make_samples(motors: Sequence[int], at_ns: int = 1, **values: float) -> NDAr
 
 
 class Numbering:
-    """Records numbered as a stream's, without clocks."""
+    """Records, rows and entries numbered as a stream's, without clocks."""
 
     def __init__(self, stream: int = 7, partitions: Sequence[int] = (0, 1)) -> None:
         self._stream = stream
         self._seq = dict.fromkeys(partitions, 0)
+        self._row = self._entry = 0
+        self._entry_seq: Counter[tuple[str, int]] = Counter()
 
     def records(self, partitions: Sequence[int]) -> telemetry.Records:
         """One record for each of ``partitions``, in this order; its time is its number."""
@@ -80,6 +84,17 @@ class Numbering:
             self._seq[partition] += 1
             records[number]["seq"] = records[number]["sampled_at_ns"] = self._seq[partition]
         return records
+
+    def batch(self, partitions: Sequence[int]) -> Batch:
+        """The next row of telemetry, of such records."""
+        self._row += 1
+        return Batch(self._row, self.records(partitions))
+
+    def entry(self, topic: str = "events", partition: int = 0, value: bytes = b"{}", key: str = "*") -> StoredEntry:
+        """The next event or outcome; its time is its number."""
+        self._entry += 1
+        self._entry_seq[topic, partition] += 1
+        return StoredEntry(self._entry, topic, partition, self._entry_seq[topic, partition], self._entry, key, value)
 
 
 def wait_for(seen: Callable[[], bool]) -> None:

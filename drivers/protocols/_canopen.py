@@ -14,7 +14,7 @@ names nothing and has a toggle bit only; it is behind the reply that began its t
 Source: CiA 301 4.2, as told in the canopen library's documentation and sources (sdo/, emcy.py, nmt.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
@@ -257,6 +257,11 @@ def make_nmt(command: Nmt, node: int) -> CanFrame:
     return CanFrame(Cob.NMT, bytes((command, node)))
 
 
+def make_heartbeat(node: int, state: NodeState) -> CanFrame:
+    """A sign of life."""
+    return CanFrame(Cob.HEARTBEAT + node, bytes((state,)))
+
+
 def make_upload(node: int, key: Key) -> CanFrame:
     """Ask for an object."""
     return CanFrame(Cob.SDO + node, SDO_FRAME.pack(Step.UPLOAD << 5, *key, bytes(4)))
@@ -313,6 +318,22 @@ def upload(node: int, key: Key, tries: int = 2) -> Procedure[CanFrame, CanFrame,
 def download(node: int, key: Key, value: bytes) -> Procedure[CanFrame, CanFrame, None]:
     """Write an object of one to four bytes. Raises as ``upload`` does."""
     yield from _ask(node, key, make_download(node, key, value), Answer.DOWNLOAD, 2)
+
+
+def download_many(values: Mapping[int, tuple[Key, bytes]], behind: Sequence[CanFrame]) -> Exchange[CanFrame, CanFrame]:
+    """Write an object of each of several nodes, with other frames right behind; a reply is True, or Aborted."""
+    requests = {node: make_download(node, key, value) for node, (key, value) in values.items()}
+
+    def match(frame: CanFrame) -> Reply | None:
+        node, data = frame.can_id - Cob.SDO_REPLY, frame.data
+        if node not in requests or len(data) < 8 or data[1:4] != requests[node].data[1:4]:
+            return None
+        if data[0] >> 5 == Answer.ABORT:
+            return node, Aborted(int.from_bytes(data[4:8], "little"))
+        return (node, True) if data[0] >> 5 == Answer.DOWNLOAD else None
+
+    patience_ns = SDO_PATIENCE_NS if requests else 0
+    return Exchange([*requests.values(), *behind], frozenset(requests), match, patience_ns=patience_ns)
 
 
 def _ask(node: int, key: Key, request: CanFrame, wanted: Answer, tries: int) -> Procedure[CanFrame, CanFrame, bytes]:

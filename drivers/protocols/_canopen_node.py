@@ -162,7 +162,8 @@ class Node:
 
     ``objects`` are those of its profile; communication objects (1001, 1003, 1017, the PDOs) are added. A PDO can be set
     up anew while the node is not operational, and its mapping while it is empty and the PDO not valid. ``tpdos`` and
-    ``rpdos``: how they are set up at power-up.
+    ``rpdos``: how they are set up at power-up. ``deserted``: what its profile does when the heartbeat that it consumes
+    (1016) is missing; the node itself then leaves the operational state (1029, at its default).
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class Node:
         tpdos: Sequence[Pdo] = (),
         rpdos: Sequence[Pdo] = (),
         reset: Callable[[], None] = _nothing,
+        deserted: Callable[[], None] = _nothing,
     ) -> None:
         self.node = node
         self.state = NodeState.PRE_OPERATIONAL
@@ -179,6 +181,8 @@ class Node:
         self._objects = dict(objects)
         self._setup = ((0x1800, Cob.TPDO1, tpdos), (0x1400, Cob.RPDO1, rpdos))
         self._reset = reset
+        self._deserted = deserted
+        self._now = MonotonicNs(0)
         self._errors: list[int] = []  # the latest first
         self._reset_communication()
 
@@ -190,11 +194,14 @@ class Node:
         self._told: dict[int, bytes] = {}  # data of each TPDO that is sent on events
         self._held: dict[int, bytes] = {}  # data of RPDOs that wait for a SYNC
         self._heartbeat_ns = 0
+        self._heard_ns: int | None = None  # the heartbeat that it consumes; None: it waits for a first one
         self.error_register = 0
         self._objects |= {
             (0x1001, 0): Variable("uint8", get=lambda: self.error_register, mappable=True),
             (0x1003, 0): Variable("uint8", get=lambda: len(self._errors)),
             (0x1003, 1): Variable("uint32", get=lambda: self._errors[0] if self._errors else 0),
+            (0x1016, 0): Variable("uint8", 1),
+            (0x1016, 1): Variable("uint32", writable=True),
             (0x1017, 0): Variable("uint16", writable=True),
         }
         for base, cob, pdos in self._setup:
@@ -265,6 +272,8 @@ class Node:
                 self._obey(frame.data[0])
             case Cob.SYNC if operational:
                 yield from self._sync()
+            case can_id if can_id - Cob.HEARTBEAT == self._consumed[0] != 0:
+                self._heard_ns = self._now
             case can_id if can_id == Cob.SDO + self.node and self.state != NodeState.STOPPED:
                 if reply := self._sdo.answer(frame.data):
                     yield CanFrame(Cob.SDO_REPLY + self.node, reply)
@@ -277,6 +286,13 @@ class Node:
 
     def tick(self, now: MonotonicNs) -> Iterator[CanFrame]:
         """Heartbeat, and TPDOs of which something has changed."""
+        self._now = now
+        _, patience_ns = self._consumed
+        if self._heard_ns is not None and patience_ns and now - self._heard_ns > patience_ns:
+            self._heard_ns = None
+            if self.state == NodeState.OPERATIONAL:
+                self.state = NodeState.PRE_OPERATIONAL
+            self._deserted()
         period_ns = self._objects[0x1017, 0].value * MS
         if period_ns and now >= self._heartbeat_ns:
             self._heartbeat_ns = now + period_ns
@@ -286,6 +302,12 @@ class Node:
                 if pdo.transmission in ON_EVENT and self._told.get(pdo.cob_id) != (data := self._data(pdo)):
                     self._told[pdo.cob_id] = data
                     yield CanFrame(pdo.cob_id & 0x7FF, data)
+
+    @property
+    def _consumed(self) -> tuple[int, int]:
+        """The node whose heartbeat it consumes, and how long it does without one; 0 for either: none."""
+        word = self._objects[0x1016, 1].value
+        return word >> 16 & 0x7F, (word & 0xFFFF) * MS
 
     def emergency(self, code: int, register: int) -> None:
         """Tell an error, or with code 0 that it is gone."""

@@ -17,9 +17,11 @@ DEVICE_TYPE: Final = Object(0x1000, 0, "uint32", "device type")
 DEVICE_NAME: Final = Object(0x1008, 0, "string", "device name")
 SOFTWARE_VERSION: Final = Object(0x100A, 0, "string", "software version")
 HEARTBEAT_TIME: Final = Object(0x1017, 0, "uint16", "heartbeat time")
+CONSUMED_HEARTBEAT: Final = Object(0x1016, 1, "uint32", "consumer heartbeat time")
 VENDOR: Final = Object(0x1018, 1, "uint32", "vendor id")
 PRODUCT: Final = Object(0x1018, 2, "uint32", "product code")
 REVISION: Final = Object(0x1018, 3, "uint32", "revision")
+ABORT_CONNECTION: Final = Object(0x6007, 0, "int16", "abort connection option code")
 ERROR_CODE: Final = Object(0x603F, 0, "uint16", "error code")
 CONTROLWORD: Final = Object(0x6040, 0, "uint16", "controlword")
 STATUSWORD: Final = Object(0x6041, 0, "uint16", "statusword")
@@ -37,6 +39,7 @@ PROFILE_VELOCITY: Final = Object(0x6081, 0, "uint32", "profile velocity")
 TARGET_VELOCITY: Final = Object(0x60FF, 0, "int32", "target velocity")
 SUPPORTED_MODES: Final = Object(0x6502, 0, "uint32", "supported modes")
 PROFILE: Final = 402  # low word of the device type
+ABORT_CONNECTION_STOPS: Final = frozenset({1, 2, 3})  # values of 6007: fault, disable voltage, quick stop; 0 is nothing
 
 
 class Mode(IntEnum):
@@ -64,6 +67,7 @@ class Control(IntFlag):
     """Values and bits of the controlword."""
 
     DISABLE_VOLTAGE = 0x00
+    QUICK_STOP = 0x02
     SHUTDOWN = 0x06
     SWITCH_ON = 0x07
     ENABLE = 0x0F

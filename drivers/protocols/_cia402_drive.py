@@ -10,6 +10,7 @@ from drivers.motor import Status
 from drivers.protocols._canopen import ON_EVENT, Aborted, Cob, Key, Kind, NodeState, Object, Pdo, is_signed, size_of
 from drivers.protocols._canopen_node import Node, Variable
 from drivers.protocols._cia402 import (
+    ABORT_CONNECTION,
     ACKNOWLEDGED,
     CONTROLWORD,
     DC_LINK_VOLTAGE,
@@ -42,6 +43,7 @@ from drivers.protocols._cia402 import (
 )
 from drivers.sim.responder import Responder, SimulatedMotor
 
+_DESERTED: Final = 0x8130
 _TOO_HOT_C = 100.0
 _SUPPLY_V = (8.0, 60.0)
 _REGISTER: Final = {  # bits of the error register (1001) beside the generic one
@@ -68,6 +70,7 @@ class _Drive:
         self.options = options if isinstance(options, Options) else _STANDARD
         bus_id = simulated.motor.bus_id
         self._power_up()
+        self._abort_option = Variable("int16", 1, low=0, high=3)
         self._window = Variable("uint32", round(self.options.units_per_turn / 16))  # of the following error
         if self.options.pdo == "read":  # somebody has stored a layout of his own
             temperature = self.options.temperature_object if self.options.temperature_pdo else None
@@ -81,6 +84,7 @@ class _Drive:
             [_pdo(Cob.TPDO1, number, bus_id, transmission, objects) for number, objects in enumerate(tpdos)],
             [_pdo(Cob.RPDO1, number, bus_id, ON_EVENT[1], objects) for number, objects in enumerate(rpdos)],
             self._restart,
+            self._abort_connection,
         )
         if simulated.servo.enabled:  # somebody was here before
             self._mode, self._state = self.options.operation, State.ENABLED
@@ -143,6 +147,7 @@ class _Drive:
             PROFILE_VELOCITY: Variable("uint32", get=lambda: self._profile_velocity, set=self._set_profile_velocity),
             TARGET_VELOCITY: Variable("int32", get=lambda: self._target_velocity, set=self._set_target_velocity),
             FOLLOWING_WINDOW: self._window,
+            ABORT_CONNECTION: self._abort_option,
         }
         for variable in taken.values():
             variable.writable = variable.mappable = True
@@ -281,6 +286,20 @@ class _Drive:
         """Fall into fault if something is wrong."""
         if self._state != State.FAULT and (cause := self._cause()):
             self._fail(cause)
+
+    def _abort_connection(self) -> None:
+        """The heartbeat of its master is missing: what 6007 says."""
+        match self._abort_option.value:
+            case _ if self._state == State.FAULT:
+                return
+            case 1:
+                self._fail(_DESERTED)
+                return
+            case 2:
+                self._enter(State.SWITCH_ON_DISABLED)
+            case 3 if self._state == State.ENABLED:
+                self._enter(State.QUICK_STOP)
+        self.node.emergency(_DESERTED, 0x11)
 
     def _fail(self, code: int) -> None:
         self._error = code

@@ -38,6 +38,7 @@ VOLT: Final = 0.1
 MOST_STEPS: Final = 1_048_575  # either way, in the modes of several turns
 MOST_PROFILE: Final = 32_767
 TIME_BASED: Final = 0x04  # bit of the drive mode: the profile's velocity is a duration
+WATCHDOG_NS: Final = 20_000_000  # a unit of the bus watchdog
 WATCHDOG_EXPIRED: Final = 0xFF
 ALERT: Final = 0x80  # bit of ERR; register 70 has no use for it
 
@@ -384,7 +385,7 @@ class Block(NamedTuple):
 
 IDENTITY: Final = Struct("<HB")  # of a reply to a ping: model number, firmware
 FEEDBACK: Final = Block(Register.PRESENT_CURRENT, Struct("<hii8xHB"))  # 126..146
-CONTROL: Final = Block(Register.TORQUE_ENABLE, Struct("<B3xBxB"))  # 64..70
+CONTROL: Final = Block(Register.TORQUE_ENABLE, Struct("<B5xB27xB"))  # 64..98
 GOALS: Final = Block(Register.BUS_WATCHDOG, Struct("<BxhhiIIi"))  # 98..119
 STATE: Final = Block(Register.RETURN_DELAY_TIME, Struct("<BBB12xI10xH4xIii8xB3xBxB27xB33xi"))  # 9..135
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from drivers.clock import MS, MonotonicNs
+from drivers.clock import MonotonicNs
 from drivers.motor import Kind
 from drivers.protocols._dynamixel2 import (
     ADDRESS,
@@ -25,6 +25,7 @@ from drivers.protocols._dynamixel2 import (
     TAIL,
     VOLT,
     WATCHDOG_EXPIRED,
+    WATCHDOG_NS,
     Decoder,
     Error,
     HardwareError,
@@ -45,7 +46,6 @@ _MEMORY_SIZE = 147
 _MODEL, _FIRMWARE = 1020, 48  # XM430-W350
 _AMPERE = AMPERE["XM"]
 _RETURN_READS, _RETURN_ALL = 1, 2  # values of the status return level
-_WATCHDOG_NS = 20 * MS
 _MOST_PWM = 885
 
 _EEPROM: Final = {  # register: (size, default, lowest, highest); of XM430-W350, but for the return delay
@@ -159,7 +159,7 @@ class _Servo:
         if errors & memory[Register.SHUTDOWN] and servo.enabled:
             servo.disable()
         watchdog = memory[Register.BUS_WATCHDOG]
-        if servo.enabled and 0 < watchdog < WATCHDOG_EXPIRED and now - self.heard_ns > watchdog * _WATCHDOG_NS:
+        if servo.enabled and 0 < watchdog < WATCHDOG_EXPIRED and now - self.heard_ns > watchdog * WATCHDOG_NS:
             memory[Register.BUS_WATCHDOG] = WATCHDOG_EXPIRED
             servo.turn_at(0.0)
 

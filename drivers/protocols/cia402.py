@@ -1,6 +1,9 @@
 """CiA 402 drives on CANopen: the gateway's side. Their objects are in ``_cia402``, simulated ones in ``_cia402_drive``.
 
     080      SYNC, one a cycle; every drive that is operational answers with its synchronous TPDOs
+    77F      the gateway's heartbeat, one a cycle, if the drives' watchdogs are used
+    200 + n  RPDO1  controlword: the trigger of a setpoint in pp
+    500 + n  RPDO4  controlword, target velocity: likewise in pv
     180 + n  TPDO1  statusword u16, position i32 [, torque i16]      as ``Options.pdo = "write"`` sets them up
     280 + n  TPDO2  velocity i32 [, temperature]
 
@@ -15,23 +18,25 @@ the cycle drains what is late before it polls; what remains is a drive that answ
 arrives between the next SYNC and its own answer. Such a sample is made of two neighbouring instants.
 
 Orders go by SDO, which a drive acknowledges or aborts with a reason, whatever it maps; what it then does is seen in
-its statusword. With halt cleared a drive may go on to where it was going, so halt is cleared only by the controlword
-that carries a new setpoint. What is set up stays in the drive's RAM: nothing is stored (1010).
+its statusword. Only what triggers a setpoint goes by RPDO, so that several drives take theirs at one SYNC; a drive
+without an RPDO for it gets it by SDO, too. With halt cleared a drive may go on to where it was going, so halt is
+cleared only by the controlword that carries a new setpoint. What is set up stays in the drive's RAM: nothing is stored
+(1010).
 
 Sources: CiA 402 (IEC 61800-7-201) as told in Applied Motion's CANopen User Manual 920-0025 (appendix K: "executed or
 continued") and in the canopen library's profiles/p402.py.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import isfinite, isnan, nan, tau
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from drivers.clock import MS
 from drivers.errors import MotorRefused
-from drivers.family import CAN_FRAME_BITS, CanFrame, CanId, Exchange, Family, Overheard, Procedure, Reply
-from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
+from drivers.family import CAN_FRAME_BITS, CanFrame, CanId, Exchange, Family, Overheard, Procedure, Ready, Reply
+from drivers.motor import SETPOINTS, Feedback, Kind, Motor, MotorInfo, Order, Status
 from drivers.protocols._canopen import (
     INVALID,
     MOST_MAPPED,
@@ -50,13 +55,18 @@ from drivers.protocols._canopen import (
     Pdo,
     decode,
     download,
+    download_many,
     encode,
+    make_heartbeat,
     pause,
     send_nmt,
     upload,
 )
 from drivers.protocols._cia402 import (
+    ABORT_CONNECTION,
+    ABORT_CONNECTION_STOPS,
     ACKNOWLEDGED,
+    CONSUMED_HEARTBEAT,
     CONTROLWORD,
     DEVICE_NAME,
     DEVICE_TYPE,
@@ -91,13 +101,30 @@ from drivers.protocols._cia402 import (
 from drivers.protocols._cia402_drive import SimulatedCia402
 from drivers.sim.responder import Responder
 
+GATEWAY: Final = 127  # the node that the gateway is: the last one, as tools and masters often are
+QUICK_STOP: Final = 3  # of 6007
 SETTLE_READS: Final = 20  # of the statusword, until a state that was ordered is seen
 SETTLE_NS: Final = 10 * MS  # between them: some drives need 100 ms, for a brake
-FIRST_TPDO: Final = 0x1800  # communication parameters
-FIRST_MAPPING: Final = 0x1A00
+FIRST_RPDO: Final = 0x1400  # communication parameters
+FIRST_TPDO: Final = 0x1800
+MAPPING: Final = 0x200  # parameters, behind those of communication
 TPDO_COBS: Final = range(Cob.TPDO1, Cob.TPDO1 + 0x100 * PDOS, 0x100)
 U32: Final = range(1 << 32)
 I32: Final = range(-(1 << 31), 1 << 31)
+
+
+class Trigger(NamedTuple):
+    """How a setpoint takes effect in a mode: the RPDO that CiA 402 has for it, and the object that does it."""
+
+    number: int
+    mapping: tuple[Mapped, ...]
+    decisive: Object
+
+
+TRIGGERS: Final = {
+    Mode.PP: Trigger(0, (CONTROLWORD.mapped,), CONTROLWORD),
+    Mode.PV: Trigger(3, (CONTROLWORD.mapped, TARGET_VELOCITY.mapped), TARGET_VELOCITY),
+}
 
 
 @dataclass(slots=True)
@@ -111,6 +138,8 @@ class _Known:
     error: int = 0  # the latest error code that it told, until it or we took it back
     temperature_c: float = nan  # as last read by SDO
     connected: bool = False
+    armed: bool = False  # it consumes our heartbeat
+    rpdo: Pdo | None = None  # that triggers a setpoint
 
     @property
     def mode(self) -> Mode:
@@ -124,12 +153,17 @@ class _Known:
 
 
 class Cia402(Family[CanFrame, CanFrame]):
-    """CiA 402 drives, polled by SYNC and ordered by SDO, each in the one mode of its ``Options``."""
+    """CiA 402 drives, polled by SYNC and ordered by SDO, each in the one mode of its ``Options``.
+
+    Their watchdog is the heartbeat of the gateway (node ``GATEWAY``): a drive that is told to consume it (1016) and
+    misses it does what its abort connection option (6007) says, and leaves the operational state (CiA 301, CiA 402).
+    One whose option is to do nothing is given the quick stop; one that lacks either object cannot be armed.
+    """
 
     name = "cia402"
     asks_all = True
     medium = "can"
-    bus_ids = NODES
+    bus_ids = range(NODES.start, GATEWAY)
     kinds = frozenset({Kind.ENABLE, Kind.DISABLE, Kind.POSITION, Kind.VELOCITY, Kind.STOP, Kind.CLEAR_FAULT})
     Options = Options
     examples = (
@@ -140,6 +174,7 @@ class Cia402(Family[CanFrame, CanFrame]):
         Options(36_000, temperature="0x2031:0", temperature_type="int16", temperature_scale=0.1, temperature_pdo=True),
     )
     bit_rates = (1_000_000, 500_000, 250_000, 125_000)
+    watchdog = True
 
     def __init__(self, motors: Sequence[Motor]) -> None:
         super().__init__(motors)
@@ -150,8 +185,9 @@ class Cia402(Family[CanFrame, CanFrame]):
 
     @classmethod
     def poll_bits(cls, motors: Sequence[Motor]) -> int:
-        """SYNC, and two TPDOs a motor: statusword, position and velocity do not fit into one."""
-        return (1 + 2 * len(motors)) * CAN_FRAME_BITS
+        """SYNC, heartbeat, and two TPDOs a motor: statusword, position and velocity do not fit into one."""
+        heartbeat = any(motor.watchdog_ns for motor in motors)
+        return (1 + heartbeat + 2 * len(motors)) * CAN_FRAME_BITS
 
     @classmethod
     def explain(cls, vendor_error: int) -> Sequence[str]:
@@ -163,6 +199,7 @@ class Cia402(Family[CanFrame, CanFrame]):
         """The predefined connection set (CiA 301): a drive obeys its RPDOs, too, though none are sent here."""
         yield CanId(Cob.NMT, "NMT")
         yield CanId(Cob.SYNC, "SYNC")
+        yield CanId(Cob.HEARTBEAT + GATEWAY, "gateway's heartbeat")
         yield CanId(Cob.EMCY + motor.bus_id, "EMCY")
         for number in range(PDOS):
             yield CanId(Cob.TPDO1 + 0x100 * number + motor.bus_id, f"TPDO{number + 1}")
@@ -200,7 +237,9 @@ class Cia402(Family[CanFrame, CanFrame]):
             told[frame.can_id] = frame.data
             return (bus_id, self._feedback(known, told)) if len(told) == len(known.tpdos) else None
 
-        return Exchange([SYNC_FRAME], asked, match, begin=parts.clear)
+        beats = any(self.motors[bus_id].watchdog_ns for bus_id in bus_ids)
+        heartbeat = [make_heartbeat(GATEWAY, NodeState.OPERATIONAL)] if beats else []
+        return Exchange([*heartbeat, SYNC_FRAME], asked, match, begin=parts.clear)
 
     @staticmethod
     def _feedback(known: _Known, told: dict[int, bytes]) -> Feedback:
@@ -300,9 +339,9 @@ class Cia402(Family[CanFrame, CanFrame]):
         if lowest is not None and highest is not None and lowest < highest:  # both 0: not used
             known.limits = lowest, highest
         if known.options.pdo == "write":
-            yield from self._write_tpdos(bus_id, known)
+            yield from self._write_pdos(bus_id, known)
         else:
-            yield from self._read_tpdos(bus_id, known)
+            yield from self._read_pdos(bus_id, known)
         heartbeat_ms = yield from self._read_if_there(bus_id, HEARTBEAT_TIME)
         if heartbeat_ms not in (None, known.options.heartbeat_ms):
             yield from self._write(bus_id, HEARTBEAT_TIME, known.options.heartbeat_ms)
@@ -313,40 +352,48 @@ class Cia402(Family[CanFrame, CanFrame]):
         known.connected = True
         return info
 
-    def _write_tpdos(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, None]:
-        """Make the drive send what ``Options.tpdos`` says at each SYNC, and no other TPDO."""
+    def _write_pdos(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, None]:
+        """Make the drive send what ``Options.tpdos`` says at each SYNC, and no other TPDO; take setpoints at a SYNC."""
         layout = known.options.tpdos()
         changes: list[tuple[int, Pdo, Pdo]] = []
         for number in range(PDOS):
-            found = yield from self._read_tpdo(bus_id, number)
+            found = yield from self._read_pdo(bus_id, FIRST_TPDO + number)
             if number < len(layout):
                 if found is None:
                     raise MotorRefused("refused", f'motor {bus_id} has no TPDO{number + 1}; pdo = "read" needs none')
                 cob_id = Cob.TPDO1 + 0x100 * number + bus_id
                 mapping = tuple(one.mapped for one in layout[number])
                 wanted = known.tpdos[cob_id] = Pdo(found.cob_id & NO_REMOTE | cob_id, 1, mapping)
-                changes.append((number, found, wanted))
+                changes.append((FIRST_TPDO + number, found, wanted))
             elif found is not None:
-                changes.append((number, found, found._replace(cob_id=found.cob_id | INVALID)))
-        changes = [(number, found, wanted) for number, found, wanted in changes if found != wanted]
+                changes.append((FIRST_TPDO + number, found, found._replace(cob_id=found.cob_id | INVALID)))
+        if trigger := TRIGGERS.get(known.mode):
+            found = yield from self._read_pdo(bus_id, FIRST_RPDO + trigger.number)
+            if found is not None:
+                known.rpdo = Pdo(Cob.RPDO1 + 0x100 * trigger.number + bus_id, 1, trigger.mapping)
+                changes.append((FIRST_RPDO + trigger.number, found, known.rpdo))
+        changes = [(index, found, wanted) for index, found, wanted in changes if found != wanted]
         if not changes:
             return
         yield send_nmt(Nmt.PRE_OPERATIONAL, bus_id)
         try:
-            for number, found, wanted in changes:
-                yield from self._write_tpdo(bus_id, number, found, wanted)
+            for index, found, wanted in changes:
+                yield from self._write_pdo(bus_id, index, found, wanted)
         except MotorRefused as refusal:
-            raise MotorRefused(refusal.reason, f'{refusal.detail}; pdo = "read" uses its TPDOs as they are') from None
+            raise MotorRefused(refusal.reason, f'{refusal.detail}; pdo = "read" uses its PDOs as they are') from None
 
-    def _read_tpdos(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, None]:
-        """Use the TPDOs that the drive sends at each SYNC, as far as they carry a part of a sample."""
+    def _read_pdos(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, None]:
+        """Use the TPDOs that the drive sends at each SYNC, as far as they carry a part of a sample.
+
+        And an RPDO that triggers a setpoint, if there is one: at a SYNC or, if it is set so, at once.
+        """
         temperature = known.options.temperature_object
         needed = [STATUSWORD, POSITION, VELOCITY]
         if temperature and known.options.temperature_pdo:
             needed.append(temperature)
         wanted = {one.mapped for one in (*needed, TORQUE, temperature) if one}
         for number in range(PDOS):
-            found = yield from self._read_tpdo(bus_id, number)
+            found = yield from self._read_pdo(bus_id, FIRST_TPDO + number)
             if found and found.valid and found.transmission == 1 and wanted & set(found.mapping):
                 known.tpdos[found.cob_id & 0x7FF] = found
         mapped = {entry for pdo in known.tpdos.values() for entry in pdo.mapping}
@@ -354,32 +401,37 @@ class Cia402(Family[CanFrame, CanFrame]):
             told = f"motor {bus_id} sends no {', '.join(missing)} at each SYNC"
             right = 'map them to TPDOs of transmission type 1, or set pdo = "write"'
             raise MotorRefused("refused", f"{told}: {right}")
+        if trigger := TRIGGERS.get(known.mode):
+            for number in range(PDOS):
+                found = yield from self._read_pdo(bus_id, FIRST_RPDO + number)
+                if found and found.valid and trigger.decisive.mapped in found.mapping:
+                    known.rpdo = found if set(found.mapping) <= {*trigger.mapping} else known.rpdo
 
-    def _read_tpdo(self, bus_id: int, number: int) -> Procedure[CanFrame, CanFrame, Pdo | None]:
-        cob_id = yield from self._read_if_there(bus_id, _cob_id_of(number))
+    def _read_pdo(self, bus_id: int, index: int) -> Procedure[CanFrame, CanFrame, Pdo | None]:
+        cob_id = yield from self._read_if_there(bus_id, _cob_id_of(index))
         if cob_id is None:
             return None
         if cob_id & INVALID:
             return Pdo(cob_id, 0, ())
-        transmission = yield from self._read(bus_id, _transmission_of(number))
-        count = yield from self._read(bus_id, _mapping_of(number, 0))
+        transmission = yield from self._read(bus_id, _transmission_of(index))
+        count = yield from self._read(bus_id, _mapping_of(index, 0))
         mapping: tuple[Mapped, ...] = ()
         for sub in range(1, min(count, MOST_MAPPED) + 1):
-            mapping += (Mapped.of_word((yield from self._read(bus_id, _mapping_of(number, sub)))),)
+            mapping += (Mapped.of_word((yield from self._read(bus_id, _mapping_of(index, sub)))),)
         return Pdo(cob_id, transmission, mapping)
 
-    def _write_tpdo(self, bus_id: int, number: int, found: Pdo, wanted: Pdo) -> Procedure[CanFrame, CanFrame, None]:
+    def _write_pdo(self, bus_id: int, index: int, found: Pdo, wanted: Pdo) -> Procedure[CanFrame, CanFrame, None]:
         """In the order that CiA 301 wants: not valid, nothing mapped, the new mapping, valid."""
         if found.valid:
-            yield from self._write(bus_id, _cob_id_of(number), found.cob_id | INVALID)
+            yield from self._write(bus_id, _cob_id_of(index), found.cob_id | INVALID)
         if not wanted.valid:
             return
-        yield from self._write(bus_id, _mapping_of(number, 0), 0)
+        yield from self._write(bus_id, _mapping_of(index, 0), 0)
         for sub, entry in enumerate(wanted.mapping, 1):
-            yield from self._write(bus_id, _mapping_of(number, sub), entry.word())
-        yield from self._write(bus_id, _mapping_of(number, 0), len(wanted.mapping))
-        yield from self._write(bus_id, _transmission_of(number), wanted.transmission)
-        yield from self._write(bus_id, _cob_id_of(number), wanted.cob_id)
+            yield from self._write(bus_id, _mapping_of(index, sub), entry.word())
+        yield from self._write(bus_id, _mapping_of(index, 0), len(wanted.mapping))
+        yield from self._write(bus_id, _transmission_of(index), wanted.transmission)
+        yield from self._write(bus_id, _cob_id_of(index), wanted.cob_id)
 
     def refresh(self, bus_id: int) -> Procedure[CanFrame, CanFrame, None] | None:
         """Read the temperature, if no TPDO brings it, and the error code of a fault that came without one."""
@@ -408,17 +460,74 @@ class Cia402(Family[CanFrame, CanFrame]):
                 yield from self._control(bus_id, Control.DISABLE_VOLTAGE)
                 yield from self._settle(bus_id, frozenset(State) - {State.ENABLED}, "disable voltage (00)")
                 return "disabled"
-            case Kind.POSITION:
-                return (yield from self._move(bus_id, order, known))
-            case Kind.VELOCITY:
-                return (yield from self._turn(bus_id, order.value, known))
             case Kind.STOP:
                 state = yield from self._read_state(bus_id)
                 if state != State.ENABLED:
                     return f"the drive is {_name(State, state)} already"
                 return (yield from self._hold(bus_id, known))
-            case _:
+            case Kind.CLEAR_FAULT:
                 return (yield from self._clear_fault(bus_id, known))
+            case _:
+                return (yield from self.set_alone(bus_id, order))
+
+    def prepare(self, bus_id: int, order: Order) -> Procedure[CanFrame, CanFrame, Ready]:
+        """See that the drive is enabled in its mode, arm its watchdog, and write all but the trigger."""
+        if order.kind not in SETPOINTS & self.kinds_of(self.motors[bus_id]):
+            raise MotorRefused("unsupported", f"{self.name} has no setpoint {order.kind} in the mode of motor {bus_id}")
+        known = self._known.get(bus_id)
+        if known is None or not known.connected:
+            raise MotorRefused("motor_offline", f"motor {bus_id} was not connected")
+        if order.kind == Kind.POSITION:
+            return (yield from self._move(bus_id, order, known))
+        return (yield from self._turn(bus_id, order.value, known))
+
+    def fire(self, ready: Mapping[int, Ready]) -> Exchange[CanFrame, CanFrame]:
+        """The RPDOs of all, then one SYNC; those without an RPDO by SDO, before."""
+        return self._trigger({bus_id: one.trigger for bus_id, one in ready.items()})
+
+    def confirm(self, bus_id: int, ready: Ready, reply: Any) -> Procedure[CanFrame, CanFrame, str]:
+        """See the setpoint acknowledged (pp), or in its object (pv)."""
+        known = self._known[bus_id]
+        if known.rpdo is None:
+            decisive = TRIGGERS[known.mode].decisive
+            if reply is None:
+                raise MotorRefused("no_reply", f"no reply to {decisive} from motor {bus_id}")
+            if isinstance(reply, Aborted):
+                raise MotorRefused("refused", f"{decisive} of motor {bus_id}: {reply}")
+        if known.mode == Mode.PV:
+            wanted, units = ready.trigger[TARGET_VELOCITY.key], (yield from self._read(bus_id, TARGET_VELOCITY))
+            if units != wanted:
+                raise MotorRefused("refused", f"{TARGET_VELOCITY} of motor {bus_id}: sent {wanted}, read {units}")
+            return ready.told
+        statusword = yield from self._wait(bus_id, STATUSWORD, lambda word: bool(word & ACKNOWLEDGED))
+        if not statusword & ACKNOWLEDGED:
+            told = f"its statusword is {statusword:04X}"
+            raise MotorRefused("refused", f"{ready.told}: the drive does not acknowledge it, {told}")
+        yield from self._control(bus_id, Control.ENABLE)
+        return ready.told
+
+    def halt(self, bus_ids: Iterable[int]) -> Exchange[CanFrame, CanFrame]:
+        """Quick stop: the RPDOs of all, then one SYNC."""
+        stop = {CONTROLWORD.key: int(Control.QUICK_STOP), TARGET_VELOCITY.key: 0}
+        return self._trigger({bus_id: stop for bus_id in bus_ids if bus_id in self._known}, CONTROLWORD)
+
+    def _trigger(
+        self, values: Mapping[int, Mapping[Key, int]], decisive: Object | None = None
+    ) -> Exchange[CanFrame, CanFrame]:
+        """Objects of drives, at one SYNC; by SDO only what is ``decisive``, if not told by the drive's mode."""
+        frames, downloads = [], {}
+        for bus_id, objects in values.items():
+            known = self._known[bus_id]
+            if known.rpdo is not None:
+                raw = [
+                    objects[entry.index, entry.sub].to_bytes(entry.bits // 8, "little", signed=True)
+                    for entry in known.rpdo.mapping
+                ]
+                frames.append(CanFrame(known.rpdo.cob_id & 0x7FF, known.rpdo.pack(raw)))
+            else:
+                wanted = decisive or TRIGGERS[known.mode].decisive
+                downloads[bus_id] = (wanted.key, encode(wanted.kind, objects[wanted.key]))
+        return download_many(downloads, [*frames, SYNC_FRAME] if frames else [])
 
     def _enable(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, str]:
         """Up the states, one by one, with setpoints that hold it where it is."""
@@ -431,6 +540,8 @@ class Cia402(Family[CanFrame, CanFrame]):
         if state in FAULTS:
             told = "; ".join(self.explain(known.error)) or "no error code"
             raise MotorRefused("refused", f"the drive reports a fault ({told}); clear the fault first")
+        known.armed = False  # it may have been without power meanwhile
+        yield from self._arm(bus_id, known)
         held = yield from self._preset(bus_id, known)
         while state != State.ENABLED:
             if state not in STEPS_UP:
@@ -439,6 +550,22 @@ class Cia402(Family[CanFrame, CanFrame]):
             yield from self._control(bus_id, control)
             state = yield from self._settle(bus_id, {wanted}, f"controlword {control:02X}")
         return f"enabled, {held}"
+
+    def _arm(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, None]:
+        """Have the drive consume the gateway's heartbeat, unless it is known to; it counts from the first."""
+        timeout_ms = self.motors[bus_id].watchdog_ns // MS
+        if not timeout_ms or known.armed:
+            return
+        try:
+            if (yield from self._read(bus_id, ABORT_CONNECTION)) not in ABORT_CONNECTION_STOPS:
+                yield from self._write(bus_id, ABORT_CONNECTION, QUICK_STOP)
+            wanted = GATEWAY << 16 | timeout_ms
+            if (yield from self._read(bus_id, CONSUMED_HEARTBEAT)) != wanted:
+                yield from self._write(bus_id, CONSUMED_HEARTBEAT, wanted)
+        except MotorRefused as refusal:
+            raise MotorRefused(refusal.reason, f"its watchdog cannot be armed: {refusal.detail}") from None
+        yield Exchange([make_heartbeat(GATEWAY, NodeState.OPERATIONAL)], frozenset(), lambda _: None)
+        known.armed = True
 
     def _hold(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, str]:
         """Bring an enabled drive to rest in its mode, whoever moves it: first of all by halt."""
@@ -467,7 +594,7 @@ class Cia402(Family[CanFrame, CanFrame]):
                 raise MotorRefused("refused", f"{MODE}: sent {known.mode:d}, but {MODE_DISPLAY} is {mode}")
         return held
 
-    def _move(self, bus_id: int, order: Order, known: _Known) -> Procedure[CanFrame, CanFrame, str]:
+    def _move(self, bus_id: int, order: Order, known: _Known) -> Procedure[CanFrame, CanFrame, Ready]:
         target, velocity, options = order.value, order.velocity_rad_s, known.options
         if not (isfinite(target) and isfinite(velocity) and velocity >= 0):
             raise MotorRefused("malformed", f"position {target} rad at {velocity} rad/s")
@@ -484,22 +611,17 @@ class Cia402(Family[CanFrame, CanFrame]):
                 raise MotorRefused("refused", "the drive still acknowledges the setpoint before")
         yield from self._write(bus_id, PROFILE_VELOCITY, speed)
         yield from self._write(bus_id, TARGET_POSITION, units)
-        yield from self._control(bus_id, Control.ENABLE | Control.AT_ONCE | Control.NEW_SETPOINT)
-        statusword = yield from self._wait(bus_id, STATUSWORD, lambda word: bool(word & ACKNOWLEDGED))
-        if not statusword & ACKNOWLEDGED:
-            told = f"its statusword is {statusword:04X}"
-            raise MotorRefused("refused", f"sent {target} rad; the drive does not acknowledge it, {told}")
-        yield from self._control(bus_id, Control.ENABLE)
-        return f"going to {target:.4f} rad at {velocity:.4f} rad/s"
+        start = {CONTROLWORD.key: int(Control.ENABLE | Control.AT_ONCE | Control.NEW_SETPOINT)}
+        return Ready(start, f"going to {target:.4f} rad at {velocity:.4f} rad/s")
 
-    def _turn(self, bus_id: int, velocity: float, known: _Known) -> Procedure[CanFrame, CanFrame, str]:
+    def _turn(self, bus_id: int, velocity: float, known: _Known) -> Procedure[CanFrame, CanFrame, Ready]:
         if not isfinite(velocity):
             raise MotorRefused("malformed", f"velocity {velocity} rad/s")
         if (units := round(velocity / tau * known.options.velocity_units)) not in I32:
             raise MotorRefused("out_of_limits", f"{velocity} rad/s: {units} units do not fit into 60FF")
         yield from self._see_enabled(bus_id, known)
-        yield from self._write(bus_id, TARGET_VELOCITY, units)
-        return f"turning at {velocity:.4f} rad/s"
+        turn = {CONTROLWORD.key: int(Control.ENABLE), TARGET_VELOCITY.key: units}
+        return Ready(turn, f"turning at {velocity:.4f} rad/s")
 
     def _see_enabled(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, None]:
         """In its mode, too: in another one bit 4 means another thing, such as to go homing."""
@@ -508,6 +630,7 @@ class Cia402(Family[CanFrame, CanFrame]):
             raise MotorRefused("not_enabled", f"the drive is {_name(State, state)}")
         if (mode := (yield from self._read(bus_id, MODE_DISPLAY))) != known.mode:
             raise MotorRefused("not_enabled", f"{MODE_DISPLAY} is {mode}, not {known.mode:d}: enable sets it")
+        yield from self._arm(bus_id, known)
 
     def _clear_fault(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, str]:
         """Only a drive in fault needs it; to any other, controlword 0 would be an order to let go."""
@@ -576,16 +699,20 @@ class Cia402(Family[CanFrame, CanFrame]):
             raise MotorRefused(reason, f"{wanted} of motor {bus_id} := {value}: {abort}") from None
 
 
-def _cob_id_of(number: int) -> Object:
-    return Object(FIRST_TPDO + number, 1, "uint32", f"COB-ID of TPDO{number + 1}")
+def _cob_id_of(index: int) -> Object:
+    return Object(index, 1, "uint32", f"COB-ID of {_pdo_name(index)}")
 
 
-def _transmission_of(number: int) -> Object:
-    return Object(FIRST_TPDO + number, 2, "uint8", f"transmission type of TPDO{number + 1}")
+def _transmission_of(index: int) -> Object:
+    return Object(index, 2, "uint8", f"transmission type of {_pdo_name(index)}")
 
 
-def _mapping_of(number: int, sub: int) -> Object:
-    return Object(FIRST_MAPPING + number, sub, "uint32" if sub else "uint8", f"mapping of TPDO{number + 1}")
+def _mapping_of(index: int, sub: int) -> Object:
+    return Object(index + MAPPING, sub, "uint32" if sub else "uint8", f"mapping of {_pdo_name(index)}")
+
+
+def _pdo_name(index: int) -> str:
+    return f"TPDO{index - FIRST_TPDO + 1}" if index >= FIRST_TPDO else f"RPDO{index - FIRST_RPDO + 1}"
 
 
 def _note_state(known: _Known, state: State | None) -> None:

@@ -20,21 +20,23 @@ published presets disagree. Sources: python-damiao-driver docs, communication pr
 damiao-motor damiao_motor/core/motor.py; LeRobot motors/damiao.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
+from drivers.clock import MonotonicNs
 from drivers.errors import MotorRefused
-from drivers.family import CAN_FRAME_BITS, CanFrame, CanId, Exchange, Family, Procedure, Reply
-from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
+from drivers.family import CAN_FRAME_BITS, CanFrame, CanId, Exchange, Family, Procedure, Ready, Reply
+from drivers.motor import SETPOINTS, Feedback, Kind, Motor, MotorInfo, Order, Status
 from drivers.sim.responder import Responder, SimulatedMotor, as_byte
 
 REQUEST_ID: Final = 0x7FF
 KP_MAX: Final = 500.0
 KD_MAX: Final = 5.0
+TIMEOUT_NS: Final = 50_000  # a unit of TIMEOUT (almond-bot/axol almond_axol/motor/damiao.py)
 HOLD_VELOCITY_RAD_S: Final = 1.0  # of the small way back to the point where a motor was told to hold
 
 _POS_VEL = Struct("<ff")
@@ -280,6 +282,10 @@ def decode_value(rid: int, data: bytes) -> float:
     return value
 
 
+def _make_mode(bus_id: int, mode: Mode) -> CanFrame:
+    return make_register(bus_id, Command.WRITE, Rid.CTRL_MODE, encode_value(Rid.CTRL_MODE, mode))
+
+
 def is_register_reply(data: bytes, bus_id: int) -> bool:
     """Whether this is the reply to a register command rather than feedback, of motor ``bus_id``.
 
@@ -317,6 +323,16 @@ class _Known:
     scale: Scale | None = None  # None until connected: feedback cannot be scaled, and is not guessed
     mode: int | None = None
     state: int | None = None  # of its latest feedback
+    position_rad: float = nan  # likewise
+    armed: bool = False  # its TIMEOUT is as configured
+
+
+class _Setpoint(NamedTuple):
+    """What triggers a motor that is prepared."""
+
+    mode: Mode
+    frame: CanFrame
+    change: bool  # of its mode: told right before
 
 
 class Damiao(Family[CanFrame, CanFrame]):
@@ -329,6 +345,11 @@ class Damiao(Family[CanFrame, CanFrame]):
 
     The position that it tells wraps at +-PMAX. Beyond, no limit would be seen to be passed, and to hold one that
     wrapped would be to turn all the way back. So the motor's range (``Motor.position_rad``) has to lie inside.
+
+    Its watchdog is TIMEOUT: an enabled motor that hears no command for so long disables itself, in state D, until the
+    error is cleared. Which frames it counts is not documented beyond "CAN command"; that a refresh, which names the
+    motor and is answered by it, is one of them is unverified on hardware. If it were not, a motor at rest would fall
+    into D soon after it was enabled. TIMEOUT is written to the motor's memory only.
     """
 
     name = "damiao"
@@ -339,6 +360,7 @@ class Damiao(Family[CanFrame, CanFrame]):
     )
     Options = Options
     examples = (Options(),)
+    watchdog = True
 
     def __init__(self, motors: Sequence[Motor]) -> None:
         super().__init__(motors)
@@ -454,7 +476,7 @@ class Damiao(Family[CanFrame, CanFrame]):
                 yield from self._settle(bus_id, lambda state: state != State.ENABLED, "disable (FD)")
                 return "disabled"
             case Kind.POSITION | Kind.VELOCITY | Kind.TORQUE:
-                return (yield from self._drive(bus_id, known, *_setpoint(bus_id, order, known.scale)))
+                return (yield from self.set_alone(bus_id, order))
             case Kind.STOP:
                 return (yield from self._stop(bus_id, known))
             case Kind.CLEAR_FAULT:
@@ -464,30 +486,87 @@ class Damiao(Family[CanFrame, CanFrame]):
             case _:
                 raise MotorRefused("unsupported", f"{self.name} has no order {order.kind}")
 
+    def prepare(self, bus_id: int, order: Order) -> Procedure[CanFrame, CanFrame, Ready]:
+        """See that the motor is enabled, and its mode; arm its watchdog. A change of mode is part of the trigger."""
+        known = self._known[bus_id]
+        if order.kind not in SETPOINTS:
+            raise MotorRefused("unsupported", f"{self.name} has no setpoint {order.kind}")
+        if known.scale is None:
+            raise MotorRefused("motor_offline", f"motor {bus_id} was not connected: its scaling is unknown")
+        mode, frame, told = _setpoint(bus_id, order, known.scale)
+        if known.state != State.ENABLED:
+            reported = "no feedback yet" if known.state is None else f"the motor reports {_name(known.state)}"
+            raise MotorRefused("not_enabled", reported)
+        yield from self._arm(bus_id)
+        if known.mode != mode:
+            known.mode = int((yield from self._read(bus_id, Rid.CTRL_MODE)))
+        return Ready(_Setpoint(mode, frame, known.mode != mode), told)
+
+    def fire(self, ready: Mapping[int, Ready]) -> Exchange[CanFrame, CanFrame]:
+        """One burst of frames; each is answered by feedback."""
+        frames = []
+        for bus_id, one in ready.items():
+            setpoint: _Setpoint = one.trigger
+            if setpoint.change:
+                self._known[bus_id].mode = None  # until it is read back
+                frames.append(_make_mode(bus_id, setpoint.mode))
+            frames.append(setpoint.frame)
+        return Exchange(frames, frozenset(ready), self._feedback)
+
+    def confirm(self, bus_id: int, ready: Ready, reply: Any) -> Procedure[CanFrame, CanFrame, str]:
+        """Read a new mode back, and repeat the setpoint when it is certain; see that the motor is still enabled."""
+        setpoint: _Setpoint = ready.trigger
+        feedback: RawFeedback | None = reply
+        if setpoint.change:
+            yield from self._see_mode(bus_id, setpoint.mode)
+            feedback = yield from self._command(bus_id, setpoint.frame)
+        if feedback is None:
+            raise MotorRefused("no_reply", f"no feedback to {setpoint.frame} from motor {bus_id}")
+        if feedback.state != State.ENABLED:
+            raise MotorRefused("refused", f"sent {setpoint.frame}; the motor reports {_name(feedback.state)}")
+        return ready.told
+
+    def halt(self, bus_ids: Iterable[int]) -> Exchange[CanFrame, CanFrame]:
+        """One burst: velocity 0, or the order to hold where it was seen last, behind a change of mode if need be."""
+        frames = []
+        enabled = [bus_id for bus_id in bus_ids if self._known[bus_id].state == State.ENABLED]
+        for bus_id in enabled:
+            known = self._known[bus_id]
+            if known.mode == Mode.VEL:
+                frames.append(make_vel(bus_id, 0.0))
+                continue
+            if known.mode != Mode.POS_VEL:
+                known.mode = None
+                frames.append(_make_mode(bus_id, Mode.POS_VEL))
+            frames.append(make_pos_vel(bus_id, known.position_rad, HOLD_VELOCITY_RAD_S))
+        return Exchange(frames, frozenset(enabled), self._feedback)
+
+    def _arm(self, bus_id: int) -> Procedure[CanFrame, CanFrame, None]:
+        """Set TIMEOUT, unless it is known to be set."""
+        known, wanted = self._known[bus_id], self.motors[bus_id].watchdog_ns // TIMEOUT_NS
+        if not wanted or known.armed:
+            return
+        found = yield from self._read(bus_id, Rid.TIMEOUT)
+        if found != wanted:
+            yield _register(bus_id, Command.WRITE, Rid.TIMEOUT, encode_value(Rid.TIMEOUT, wanted))
+            found = yield from self._read(bus_id, Rid.TIMEOUT)
+        if found != wanted:
+            told = f"TIMEOUT (register 9): sent {wanted}, read {found:.0f}"
+            raise MotorRefused("refused", f"its watchdog cannot be armed, {told}")
+        known.armed = True
+
     def _enable(self, bus_id: int) -> Procedure[CanFrame, CanFrame, str]:
         present = yield from self._command(bus_id, make_refresh(bus_id))
         if present.state not in NO_FAULT:
             raise MotorRefused("refused", f"the motor reports {_name(present.state)}; clear the fault first")
+        self._known[bus_id].armed = False  # it may have been without power meanwhile
+        yield from self._arm(bus_id)
         # which setpoint an enabled motor starts from is not documented: the one to hold follows with no gap
         hold = make_pos_vel(bus_id, present.position_rad, HOLD_VELOCITY_RAD_S)
         yield from self._change_mode(bus_id, Mode.POS_VEL, hold)
         yield from self._command(bus_id, make_system(bus_id, System.ENABLE), hold)
         yield from self._settle(bus_id, lambda state: state == State.ENABLED, "enable (FC)")
         return f"enabled, holding {present.position_rad:.4f} rad"
-
-    def _drive(
-        self, bus_id: int, known: _Known, mode: Mode, setpoint: CanFrame, told: str
-    ) -> Procedure[CanFrame, CanFrame, str]:
-        """Send a setpoint of ``mode`` to a motor that is enabled; ``told`` is what it then does."""
-        if known.state != State.ENABLED:
-            reported = "no feedback yet" if known.state is None else f"the motor reports {_name(known.state)}"
-            raise MotorRefused("not_enabled", reported)
-        if known.mode != mode:
-            yield from self._change_mode(bus_id, mode, setpoint)
-        feedback = yield from self._command(bus_id, setpoint)
-        if feedback.state != State.ENABLED:
-            raise MotorRefused("refused", f"sent {setpoint}; the motor reports {_name(feedback.state)}")
-        return told
 
     def _stop(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, str]:
         # what turns at a velocity stands still at once, before its mode changes; in other modes the frame is ignored
@@ -504,14 +583,18 @@ class Damiao(Family[CanFrame, CanFrame]):
     def _change_mode(self, bus_id: int, mode: Mode, setpoint: CanFrame) -> Procedure[CanFrame, CanFrame, None]:
         """Make sure of CTRL_MODE; if it has to be written, ``setpoint`` follows with no gap."""
         known = self._known[bus_id]
+        known.mode = int((yield from self._read(bus_id, Rid.CTRL_MODE)))
+        if known.mode == mode:
+            return
+        known.mode = None  # until it is read back
+        value = encode_value(Rid.CTRL_MODE, mode)
+        if bus_id not in (yield _register(bus_id, Command.WRITE, Rid.CTRL_MODE, value, setpoint)):
+            raise MotorRefused("no_reply", f"no reply to CTRL_MODE (register 10) := {mode:d}")
+        yield from self._see_mode(bus_id, mode)
+
+    def _see_mode(self, bus_id: int, mode: Mode) -> Procedure[CanFrame, CanFrame, None]:
         found = yield from self._read(bus_id, Rid.CTRL_MODE)
-        if found != mode:
-            known.mode = None  # until it is read back
-            value = encode_value(Rid.CTRL_MODE, mode)
-            if bus_id not in (yield _register(bus_id, Command.WRITE, Rid.CTRL_MODE, value, setpoint)):
-                raise MotorRefused("no_reply", f"no reply to CTRL_MODE (register 10) := {mode:d}")
-            found = yield from self._read(bus_id, Rid.CTRL_MODE)
-        known.mode = int(found)
+        self._known[bus_id].mode = int(found)
         if found != mode:
             raise MotorRefused("refused", f"CTRL_MODE (register 10): sent {mode:d}, read {found:.0f}")
 
@@ -548,7 +631,7 @@ class Damiao(Family[CanFrame, CanFrame]):
         if known.scale is None:
             return None
         raw = decode_feedback(frame.data, known.scale)
-        known.state = raw.state
+        known.state, known.position_rad = raw.state, raw.position_rad
         return bus_id, raw
 
 
@@ -656,6 +739,7 @@ class _Motor:
             self._registers[Rid.CTRL_MODE] = Mode.POS_VEL
         self._zero_rad = 0.0  # of the servo, where the motor counts from
         self._fault: State | None = None
+        self.heard_ns = MonotonicNs(0)
 
     @property
     def bus_id(self) -> int:
@@ -679,6 +763,13 @@ class _Motor:
         self._registers = dict(self._saved)
         self._fault = None
         self.simulated.servo.disable()
+
+    def watch(self, now: MonotonicNs) -> None:
+        """Disable an enabled motor that has heard nothing for TIMEOUT."""
+        timeout_ns = self._registers[Rid.TIMEOUT] * TIMEOUT_NS
+        if timeout_ns and self.simulated.servo.enabled and now - self.heard_ns > timeout_ns:
+            self._fault = State.COMMUNICATION_LOST
+            self.simulated.servo.disable()
 
     def feedback(self) -> CanFrame:
         """What it tells after every command."""
@@ -757,6 +848,14 @@ class SimulatedDamiao(Responder[CanFrame]):
     def __init__(self, motors: Sequence[SimulatedMotor]) -> None:
         super().__init__(motors)
         self._motors = [_Motor(simulated) for simulated in motors]
+        self._now = MonotonicNs(0)
+
+    def tick(self, now: MonotonicNs) -> Iterable[tuple[SimulatedMotor, CanFrame]]:
+        """The motors watch over the bus; none speaks unasked."""
+        self._now = now
+        for motor in self._motors:
+            motor.watch(now)
+        return ()
 
     def reboot(self, simulated: SimulatedMotor) -> None:
         """Power-up: everything that was not saved is forgotten."""
@@ -771,6 +870,7 @@ class SimulatedDamiao(Responder[CanFrame]):
         for motor in self._motors:
             reply = self._request(motor, unit.data) if unit.can_id == REQUEST_ID else self._command(motor, unit)
             if reply is not None:
+                motor.heard_ns = self._now
                 yield motor.simulated, reply
 
     @staticmethod

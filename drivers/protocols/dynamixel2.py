@@ -3,15 +3,15 @@
 Packets, registers and options are in ``_dynamixel2``, simulated servos in ``_dynamixel2_servo``.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 from struct import Struct
-from typing import Any, Final, get_args
+from typing import Any, Final, NamedTuple, get_args
 
 from drivers.clock import SECOND
 from drivers.errors import MotorRefused
-from drivers.family import Exchange, Family, Procedure, Reply
+from drivers.family import Exchange, Family, Procedure, Ready, Reply
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status, bits_of, common_faults
 from drivers.protocols._dynamixel2 import (
     ALERT,
@@ -30,6 +30,7 @@ from drivers.protocols._dynamixel2 import (
     TIME_BASED,
     VOLT,
     WATCHDOG_EXPIRED,
+    WATCHDOG_NS,
     Block,
     Decoder,
     Error,
@@ -58,6 +59,8 @@ from drivers.sim.responder import Responder
 
 _BASIC = frozenset({Kind.ENABLE, Kind.DISABLE, Kind.STOP, Kind.CLEAR_FAULT})
 _GOAL_POSITION: Final = (Register.GOAL_POSITION, Struct("<i"))
+_WATCHDOG: Final = (Register.BUS_WATCHDOG, Struct("<B"))
+_MOST_WATCHDOG: Final = 127
 _PROFILE_AND_GOAL: Final = Struct("<Ii")  # 112..119
 TRUSTED: Final = 100  # polls answered in a row
 REFRESH_TURNS: Final = 10  # every so many turns of ``refresh`` a healthy servo is read
@@ -78,6 +81,9 @@ class _Known:
     asked: bool = False  # by a poll, and has not replied yet
     answered: int = TRUSTED  # polls in a row
     turns: int = 0  # of refresh
+    mode: int | None = None
+    present: int = 0  # where it was last, as register 132 tells it
+    expired: bool = False  # its bus watchdog has stopped it
 
     def hear(self, packet: Packet) -> None:
         """Take note of the alert bit, which every reply bears."""
@@ -100,6 +106,9 @@ class _Known:
         if self.alert:
             vendor_error = self.hardware_error or ALERT
             status |= common_faults(vendor_error, COMMON)
+        if self.expired:
+            status |= Status.FAULT_COMMUNICATION
+        self.present = position
         current_a = nan if self.ampere is None else current * self.ampere
         return Feedback(
             position_rad=decode_position(position),
@@ -113,6 +122,26 @@ class _Known:
         )
 
 
+class _Goal(NamedTuple):
+    """Registers among ``GOALS`` and what they are to hold."""
+
+    register: Register
+    layout: Struct
+    values: tuple[int, ...]
+
+    def encode(self) -> bytes:
+        """The registers' bytes."""
+        return self.layout.pack(*self.values)
+
+    def check(self, block: bytes) -> None:
+        """Raise MotorRefused unless ``GOALS``, as they were read, hold it."""
+        read = self.layout.unpack_from(block, self.register - GOALS.address)
+        if read != self.values:
+            sent, got = (" and ".join(map(str, numbers)) for numbers in (self.values, read))
+            named = f"{self.register.name.lower()} (register {self.register})"
+            raise MotorRefused("refused", f"{named}: sent {sent}, read {got}")
+
+
 class Dynamixel2(Family[bytes, Packet]):
     """X series servos.
 
@@ -124,6 +153,10 @@ class Dynamixel2(Family[bytes, Packet]):
     servos of which one missed a poll are asked by plain sync read until that one has answered ``TRUSTED`` in a row, or
     is offline. Only one request is on the wire at a time: if any servo that is asked does not know fast sync read, all
     are asked plainly.
+
+    The bus watchdog counts from the last instruction packet on the bus, so the poll feeds it. One that has expired
+    stops the servo with its torque on and refuses all goals, until 0 is written to it (e-Manual, bus watchdog): that is
+    done by ``enable`` and ``clear_fault``, with the goal of standing still right behind.
     """
 
     name = "dynamixel2"
@@ -134,6 +167,7 @@ class Dynamixel2(Family[bytes, Packet]):
     examples = (Options(), Options(fast_sync=True), Options(mode="velocity"), Options(mode="current", nm_per_a=1.0))
     bit_rates = (57_600, 1_000_000, 2_000_000, 3_000_000, 4_000_000, 115_200, 9_600)
     refresh_ns = SECOND // REFRESH_TURNS
+    watchdog = True
 
     def __init__(self, motors: Sequence[Motor]) -> None:
         super().__init__(motors)
@@ -262,25 +296,52 @@ class Dynamixel2(Family[bytes, Packet]):
 
     def order(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, str]:
         """Carry out an order; every write is a sync write, which none acknowledges, and is read back."""
-        if order.kind not in self.kinds_of(self.motors[bus_id]):
-            mode = options_of(self.motors[bus_id]).mode
-            raise MotorRefused("unsupported", f"{self.name} has no order {order.kind} with mode = {mode or 'position'}")
+        self._check_kind(bus_id, order.kind)
         match order.kind:
             case Kind.ENABLE:
                 return (yield from self._enable(bus_id))
             case Kind.DISABLE:
                 yield from self._write_torque(bus_id, on=False)
                 return "torque is off"
-            case Kind.POSITION:
-                return (yield from self._move(bus_id, order))
-            case Kind.VELOCITY:
-                return (yield from self._turn(bus_id, order))
-            case Kind.TORQUE:
-                return (yield from self._push(bus_id, order))
             case Kind.STOP:
                 return (yield from self._stop(bus_id))
-            case _:  # of the kinds that are left, only this one is among ``kinds``
+            case Kind.CLEAR_FAULT:
                 return (yield from self._clear_fault(bus_id))
+            case _:
+                return (yield from self.set_alone(bus_id, order))
+
+    def prepare(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, Ready]:
+        """See that the servo can take the setpoint, and arm its watchdog."""
+        self._check_kind(bus_id, order.kind)
+        match order.kind:
+            case Kind.POSITION:
+                ready, watchdog = yield from self._move(bus_id, order)
+            case Kind.VELOCITY:
+                ready, watchdog = yield from self._turn(bus_id, order)
+            case _:
+                ready, watchdog = yield from self._push(bus_id, order)
+        yield from self._arm(bus_id, watchdog)
+        return ready
+
+    def fire(self, ready: Mapping[int, Ready]) -> Exchange[bytes, Packet]:
+        """One sync write for all of a kind, which takes effect in each servo when it ends."""
+        return _write_goals({bus_id: one.trigger for bus_id, one in ready.items()})
+
+    def confirm(self, bus_id: int, ready: Ready, reply: Any) -> Procedure[bytes, Packet, str]:  # noqa: ARG002  none comes
+        """Read the goal back."""
+        ready.trigger.check((yield from self._read(bus_id, GOALS)))
+        return ready.told
+
+    def halt(self, bus_ids: Iterable[int]) -> Exchange[bytes, Packet]:
+        """A sync write for each kind of goal: nothing of what moves it, or the place where it was seen last."""
+        enabled = {bus_id: known for bus_id in bus_ids if (known := self._known[bus_id]).enabled}
+        goals = {bus_id: _standstill(known.mode, known.present) for bus_id, known in enabled.items()}
+        return _write_goals({bus_id: goal for bus_id, goal in goals.items() if goal})
+
+    def _check_kind(self, bus_id: int, kind: Kind) -> None:
+        if kind not in self.kinds_of(self.motors[bus_id]):
+            mode = options_of(self.motors[bus_id]).mode
+            raise MotorRefused("unsupported", f"{self.name} has no order {kind} with mode = {mode or 'position'}")
 
     def _enable(self, bus_id: int) -> Procedure[bytes, Packet, str]:
         state = yield from self._read_state(bus_id)
@@ -289,10 +350,16 @@ class Dynamixel2(Family[bytes, Packet]):
         wanted = options_of(self.motors[bus_id]).wanted_mode
         if wanted is not None and state.mode != wanted:
             state = yield from self._set_mode(bus_id, state, wanted)
-        _check_watchdog(state)
         held = yield from self._hold(bus_id, state)
+        yield from self._arm(bus_id, 0 if state.watchdog == WATCHDOG_EXPIRED else state.watchdog)
         yield from self._write_torque(bus_id, on=True)
         return f"enabled, {held}"
+
+    def _arm(self, bus_id: int, watchdog: int) -> Procedure[bytes, Packet, None]:
+        """Set the bus watchdog, which holds ``watchdog`` now; RAM, so it is gone with the servo's power."""
+        wanted = min(-(-self.motors[bus_id].watchdog_ns // WATCHDOG_NS), _MOST_WATCHDOG)
+        if wanted not in {0, watchdog}:
+            yield from self._write_goal(bus_id, _Goal(*_WATCHDOG, (wanted,)))
 
     def _set_mode(self, bus_id: int, state: State, mode: OperatingMode) -> Procedure[bytes, Packet, State]:
         """Change register 11, which the servo keeps; the change resets its profile, gains and goals."""
@@ -307,17 +374,25 @@ class Dynamixel2(Family[bytes, Packet]):
         return state
 
     def _hold(self, bus_id: int, state: State) -> Procedure[bytes, Packet, str]:
-        """Write the goal of standing still, whatever the mode."""
-        if state.mode in STANDSTILL:
-            register, layout = STANDSTILL[state.mode]
-            yield from self._write_goal(bus_id, register, layout, 0)
-            return f"{register.name.lower().replace('_', ' ')} is 0"
-        if state.mode not in MODES[Kind.POSITION]:
+        """Write the goal of standing still, whatever the mode; a watchdog that has expired is cleared before.
+
+        What a servo follows when its watchdog is cleared is not told: the goal follows with no gap.
+        """
+        goal = _standstill(state.mode, state.present)
+        if goal is None:
             raise MotorRefused("refused", f"operating mode (register 11) is {_tell_mode(state.mode)}")
-        yield from self._write_goal(bus_id, *_GOAL_POSITION, state.present)
+        if state.watchdog == WATCHDOG_EXPIRED:
+            clear = make_sync_write(Register.BUS_WATCHDOG, {bus_id: b"\0"})
+            yield Exchange([clear, *_write_goals({bus_id: goal}).requests], frozenset(), lambda _: None)
+            goal.check((yield from self._read(bus_id, GOALS)))
+            self._known[bus_id].expired = False
+        else:
+            yield from self._write_goal(bus_id, goal)
+        if state.mode in STANDSTILL:
+            return f"{goal.register.name.lower().replace('_', ' ')} is 0"
         return f"holding {decode_position(state.present):.4f} rad"
 
-    def _move(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, str]:
+    def _move(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, tuple[Ready, int]]:
         if not (isfinite(order.value) and isfinite(order.velocity_rad_s) and order.velocity_rad_s >= 0):
             raise MotorRefused("malformed", f"position {order.value} rad at {order.velocity_rad_s} rad/s")
         state = yield from self._read_ready(bus_id, order.kind)
@@ -331,10 +406,10 @@ class Dynamixel2(Family[bytes, Packet]):
             low, high = state.min_position, state.max_position
         if not low <= goal <= high:
             raise MotorRefused("out_of_limits", f"{order.value} rad is {goal} step; the servo allows {low}..{high}")
-        yield from self._write_goal(bus_id, Register.PROFILE_VELOCITY, _PROFILE_AND_GOAL, speed, goal)
-        return f"going to {decode_position(goal):.4f} rad at {speed * RAD_S:.4f} rad/s"
+        told = f"going to {decode_position(goal):.4f} rad at {speed * RAD_S:.4f} rad/s"
+        return Ready(_Goal(Register.PROFILE_VELOCITY, _PROFILE_AND_GOAL, (speed, goal)), told), state.watchdog
 
-    def _turn(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, str]:
+    def _turn(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, tuple[Ready, int]]:
         if not isfinite(order.value):
             raise MotorRefused("malformed", f"velocity {order.value} rad/s")
         state = yield from self._read_ready(bus_id, order.kind)
@@ -342,10 +417,10 @@ class Dynamixel2(Family[bytes, Packet]):
         if abs(raw) > limit:
             told = f"{order.value} rad/s; the servo's velocity limit (register 44) is {limit * RAD_S:.4f} rad/s"
             raise MotorRefused("out_of_limits", told)
-        yield from self._write_goal(bus_id, *STANDSTILL[OperatingMode.VELOCITY], raw)
-        return f"turning at {raw * RAD_S:.4f} rad/s"
+        goal = _Goal(*STANDSTILL[OperatingMode.VELOCITY], (raw,))
+        return Ready(goal, f"turning at {raw * RAD_S:.4f} rad/s"), state.watchdog
 
-    def _push(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, str]:
+    def _push(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, tuple[Ready, int]]:
         if not isfinite(order.value):
             raise MotorRefused("malformed", f"torque {order.value} N m")
         known = self._known[bus_id]
@@ -357,8 +432,8 @@ class Dynamixel2(Family[bytes, Packet]):
         if abs(raw) > limit:
             told = f"{order.value} N m; the servo's current limit (register 38) allows {limit * nm:.4f} N m"
             raise MotorRefused("out_of_limits", told)
-        yield from self._write_goal(bus_id, *STANDSTILL[OperatingMode.CURRENT], raw)
-        return f"pushing with {raw * nm:.4f} N m"
+        goal = _Goal(*STANDSTILL[OperatingMode.CURRENT], (raw,))
+        return Ready(goal, f"pushing with {raw * nm:.4f} N m"), state.watchdog
 
     def _stop(self, bus_id: int) -> Procedure[bytes, Packet, str]:
         state = yield from self._read_state(bus_id)
@@ -371,9 +446,12 @@ class Dynamixel2(Family[bytes, Packet]):
     def _clear_fault(self, bus_id: int) -> Procedure[bytes, Packet, str]:
         """Reboot, the only way to clear a hardware error; done when the servo has acknowledged it or is back.
 
-        How long it is away is up to the servo: one that needs longer than these reads is connected anew.
+        A servo that only its watchdog has stopped is not rebooted: it would drop what it holds. How long one is away
+        is up to the servo: one that needs longer than these reads is connected anew.
         """
         _torque, error = yield from self._read_control(bus_id)
+        if not error and self._known[bus_id].expired:
+            return f"no fault, {(yield from self._hold(bus_id, (yield from self._read_state(bus_id))))}"
         if not error:
             return "no fault"
         reboot = encode_packet(Packet(bus_id, Instruction.REBOOT))
@@ -414,13 +492,16 @@ class Dynamixel2(Family[bytes, Packet]):
         known.enabled = bool(state.torque_enable)
         known.hardware_error = state.hardware_error
         known.moving_threshold = state.moving_threshold
+        known.mode, known.present = state.mode, state.present
+        known.expired = state.watchdog == WATCHDOG_EXPIRED
         return state
 
     def _read_control(self, bus_id: int) -> Procedure[bytes, Packet, tuple[int, int]]:
-        """Torque enable and hardware error."""
-        torque, _level, error = CONTROL.layout.unpack((yield from self._read(bus_id, CONTROL)))
-        self._known[bus_id].enabled = bool(torque)
-        self._known[bus_id].hardware_error = error
+        """Torque enable and hardware error; the watchdog is noted, too."""
+        torque, error, watchdog = CONTROL.layout.unpack((yield from self._read(bus_id, CONTROL)))
+        known = self._known[bus_id]
+        known.enabled, known.hardware_error = bool(torque), error
+        known.expired = watchdog == WATCHDOG_EXPIRED
         return torque, error
 
     def _read(self, bus_id: int, block: Block) -> Procedure[bytes, Packet, bytes]:
@@ -451,15 +532,10 @@ class Dynamixel2(Family[bytes, Packet]):
             fault = f"; {_name_errors(error)}" if error else ""
             raise MotorRefused("refused", f"torque enable (register 64): sent {on:d}, read {torque}{fault}")
 
-    def _write_goal(
-        self, bus_id: int, register: Register, layout: Struct, *values: int
-    ) -> Procedure[bytes, Packet, None]:
+    def _write_goal(self, bus_id: int, goal: _Goal) -> Procedure[bytes, Packet, None]:
         """Write registers among ``GOALS`` and read them back."""
-        yield _write(bus_id, register, layout.pack(*values))
-        read = layout.unpack_from((yield from self._read(bus_id, GOALS)), register - GOALS.address)
-        if read != values:
-            sent, got = (" and ".join(map(str, numbers)) for numbers in (values, read))
-            raise MotorRefused("refused", f"{register.name.lower()} (register {register}): sent {sent}, read {got}")
+        yield _write_goals({bus_id: goal})
+        goal.check((yield from self._read(bus_id, GOALS)))
 
 
 def _write(bus_id: int, register: Register, data: bytes) -> Exchange[bytes, Packet]:
@@ -467,9 +543,25 @@ def _write(bus_id: int, register: Register, data: bytes) -> Exchange[bytes, Pack
     return Exchange([make_sync_write(register, {bus_id: data})], frozenset(), lambda _: None)
 
 
+def _write_goals(goals: Mapping[int, _Goal]) -> Exchange[bytes, Packet]:
+    """A sync write for each place that goals are written to; none is answered."""
+    registers: dict[Register, dict[int, bytes]] = {}
+    for bus_id, goal in goals.items():
+        registers.setdefault(goal.register, {})[bus_id] = goal.encode()
+    writes = [make_sync_write(register, data) for register, data in registers.items()]
+    return Exchange(writes, frozenset(), lambda _: None)
+
+
+def _standstill(mode: int | None, present: int) -> _Goal | None:
+    """The goal of standing still at ``present``; None in a mode that is not known."""
+    if mode is not None and mode in STANDSTILL:
+        return _Goal(*STANDSTILL[mode], (0,))
+    return _Goal(*_GOAL_POSITION, (present,)) if mode in MODES[Kind.POSITION] else None
+
+
 def _check_watchdog(state: State) -> None:
     if state.watchdog == WATCHDOG_EXPIRED:
-        told = "its bus watchdog (register 98) has expired: it takes no goals until 0 is written there"
+        told = "its bus watchdog (register 98) has expired: it takes no goals until it is enabled or its fault cleared"
         raise MotorRefused("refused", told)
 
 

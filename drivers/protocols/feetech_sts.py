@@ -23,7 +23,7 @@ from struct import Struct
 from typing import Any, Final, NamedTuple
 
 from drivers.errors import MotorRefused
-from drivers.family import Exchange, Family, Procedure, Reply
+from drivers.family import Exchange, Family, Procedure, Ready, Reply
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status, bits_of, common_faults
 from drivers.sim.responder import Responder, SimulatedMotor, as_byte
 
@@ -260,6 +260,7 @@ IDENTITY: Final = Block(Register.FIRMWARE_MAJOR_VERSION, Struct("<BBxHBBBBHH")) 
 FEEDBACK: Final = Block(Register.PRESENT_POSITION, Struct("<HHHBBxBBxxH"))  # 56..70
 STATE: Final = Block(Register.HOMING_OFFSET, Struct("<HB6xBxHHH7xB" + FEEDBACK.layout.format[1:]))  # 31..70
 _GOAL = Struct("<HHH")  # 42..47: position, time, speed
+_SPEED = Struct("<H")  # 46..47
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,12 +290,40 @@ class State:
         )
 
 
+class Goal(NamedTuple):
+    """What a servo is to do (registers 42..47); without a step, only how fast (46)."""
+
+    step: int | None
+    speed: int  # step/s
+
+    @property
+    def address(self) -> Register:
+        """Where it is written."""
+        return Register.GOAL_VELOCITY if self.step is None else Register.GOAL_POSITION
+
+    def encode(self) -> bytes:
+        """The registers' bytes."""
+        speed = encode_sign_magnitude(self.speed, SIGN_BIT)
+        if self.step is None:
+            return _SPEED.pack(speed)
+        return _GOAL.pack(encode_sign_magnitude(self.step, SIGN_BIT), 0, speed)
+
+    def check(self, state: State) -> None:
+        """Raise MotorRefused unless the servo has it."""
+        if state.goal_speed != self.speed or self.step not in {None, state.goal}:
+            read = f"{state.goal} step at {state.goal_speed} step/s"
+            sent = f"{self.speed} step/s" if self.step is None else f"{self.step} step at {self.speed} step/s"
+            raise MotorRefused("refused", f"goal: sent {sent}, read {read}")
+
+
 @dataclass(slots=True)
 class Known:
     """What was learned about one servo."""
 
     limits_step: tuple[int, int] = (0, 0)  # the servo's own; (0, 0) stands for several turns, without limits
     enabled: bool = False
+    mode: int | None = None
+    step: int = 0  # where it was last, as told in position mode
     offset_step: int | None = None  # still in the positions that it tells, by its mode; None until that was read
 
     def place(self, told_step: int) -> int:
@@ -388,7 +417,9 @@ class FeetechSts(Family[bytes, Packet]):
             known = self._known[packet.bus_id]
             if known.offset_step is None:
                 return None
-            return packet.bus_id, decode_feedback(packet.params, packet.code, known)
+            feedback = decode_feedback(packet.params, packet.code, known)
+            known.step = encode_position(feedback.position_rad)
+            return packet.bus_id, feedback
 
         return Exchange([make_sync_read(bus_ids, FEEDBACK.address, FEEDBACK.size)], asked, match)
 
@@ -427,21 +458,49 @@ class FeetechSts(Family[bytes, Packet]):
             case Kind.DISABLE:
                 yield from self._write_torque(bus_id, on=False)
                 return "torque is off"
-            case Kind.POSITION:
-                return (yield from self._move(bus_id, order))
-            case Kind.VELOCITY:
-                return (yield from self._turn(bus_id, order.value))
             case Kind.STOP:
                 return (yield from self._stop(bus_id))
             case _:
+                return (yield from self.set_alone(bus_id, order))
+
+    def prepare(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, Ready]:
+        """Bring a servo whose torque is on into the mode of the setpoint; until then it creeps to where it is."""
+        match order.kind:
+            case Kind.POSITION:
+                goal, told = self._goal_of(bus_id, order)
+                yield from self._enabled_in(bus_id, Mode.POSITION)
+            case Kind.VELOCITY:
+                goal, told = _speed_of(order.value)
+                yield from self._enabled_in(bus_id, Mode.VELOCITY)
+            case _:
                 raise MotorRefused("unsupported", f"{self.name} has no order {order.kind}")
+        return Ready(goal, told)
+
+    def fire(self, ready: Mapping[int, Ready]) -> Exchange[bytes, Packet]:
+        """One sync write for all of a kind, which takes effect in each servo when it ends."""
+        return _write_goals({bus_id: one.trigger for bus_id, one in ready.items()})
+
+    def confirm(self, bus_id: int, ready: Ready, reply: Any) -> Procedure[bytes, Packet, str]:  # noqa: ARG002  none comes
+        """Read the goal back."""
+        ready.trigger.check((yield from self._read_state(bus_id)))
+        return ready.told
+
+    def halt(self, bus_ids: Iterable[int]) -> Exchange[bytes, Packet]:
+        """One sync write: no speed in velocity mode, and in position mode the place where each was seen last."""
+        goals = {}
+        for bus_id in bus_ids:
+            known = self._known[bus_id]
+            if known.enabled and known.mode in {Mode.POSITION, Mode.VELOCITY}:
+                hold = encode_approach_speed(HOLD_VELOCITY_RAD_S)
+                goals[bus_id] = Goal(known.step, hold if known.mode == Mode.POSITION else 0)
+        return _write_goals(goals)
 
     def _enable(self, bus_id: int) -> Procedure[bytes, Packet, str]:
         state = yield from self._hold(bus_id, (yield from self._read_state(bus_id)))
         yield from self._write_torque(bus_id, on=True)
         return f"enabled, holding {decode_position(state.goal):.4f} rad"
 
-    def _move(self, bus_id: int, order: Order) -> Procedure[bytes, Packet, str]:
+    def _goal_of(self, bus_id: int, order: Order) -> tuple[Goal, str]:
         if not (isfinite(order.value) and isfinite(order.velocity_rad_s) and order.velocity_rad_s >= 0):
             raise MotorRefused("malformed", f"position {order.value} rad at {order.velocity_rad_s} rad/s")
         goal, speed = encode_position(order.value), encode_approach_speed(order.velocity_rad_s)
@@ -450,19 +509,7 @@ class FeetechSts(Family[bytes, Packet]):
             low, high = -MOST, MOST
         if not low <= goal <= high:
             raise MotorRefused("out_of_limits", f"{order.value} rad is {goal} step; the servo allows {low}..{high}")
-        yield from self._enabled_in(bus_id, Mode.POSITION)
-        yield from self._write_goal(bus_id, goal, speed)
-        return f"going to {decode_position(goal):.4f} rad at {speed * RAD_PER_STEP:.4f} rad/s"
-
-    def _turn(self, bus_id: int, velocity_rad_s: float) -> Procedure[bytes, Packet, str]:
-        if not isfinite(velocity_rad_s):
-            raise MotorRefused("malformed", f"{velocity_rad_s} rad/s")
-        speed = int(velocity_rad_s / RAD_PER_STEP)  # never faster than asked
-        if abs(speed) > MOST:
-            raise MotorRefused("out_of_limits", f"{velocity_rad_s} rad/s is {speed} step/s; the servo takes {MOST}")
-        yield from self._enabled_in(bus_id, Mode.VELOCITY)
-        yield from self._write_speed(bus_id, speed)
-        return f"turning at {speed * RAD_PER_STEP:.4f} rad/s"
+        return Goal(goal, speed), f"going to {decode_position(goal):.4f} rad at {speed * RAD_PER_STEP:.4f} rad/s"
 
     def _stop(self, bus_id: int) -> Procedure[bytes, Packet, str]:
         state = yield from self._read_state(bus_id)
@@ -474,7 +521,7 @@ class FeetechSts(Family[bytes, Packet]):
     def _hold(self, bus_id: int, state: State) -> Procedure[bytes, Packet, State]:
         """Set the goal to where the servo is, in position mode."""
         state = yield from self._enter(bus_id, state, Mode.POSITION)
-        return (yield from self._write_goal(bus_id, state.present, encode_approach_speed(HOLD_VELOCITY_RAD_S)))
+        return (yield from self._write_goal(bus_id, Goal(state.present, encode_approach_speed(HOLD_VELOCITY_RAD_S))))
 
     def _enabled_in(self, bus_id: int, mode: Mode) -> Procedure[bytes, Packet, None]:
         """Bring a servo whose torque is on into ``mode``."""
@@ -491,7 +538,7 @@ class FeetechSts(Family[bytes, Packet]):
             raise MotorRefused("refused", f"operating mode (register 33) is {state.mode}; only 0 and 1 are supported")
         if not state.locked:
             yield from self._read_state(bus_id, make_sync_write(Register.LOCK, {bus_id: b"\x01"}))
-        state = yield from self._write_goal(bus_id, state.present, CREEP_STEP_S)
+        state = yield from self._write_goal(bus_id, Goal(state.present, CREEP_STEP_S))
         if not state.locked:
             raise MotorRefused("refused", "EEPROM lock (register 55): sent 1, read 0")
         self._known[bus_id].offset_step = None  # until the mode is read back
@@ -508,27 +555,38 @@ class FeetechSts(Family[bytes, Packet]):
         state = State.decode(params)
         known = self._known[bus_id]
         known.enabled = state.torque_enable == 1
+        known.mode = state.mode
         known.offset_step = 0 if state.mode == Mode.POSITION else state.offset
-        return replace(state, present=known.place(state.present))
+        known.step = known.place(state.present)
+        return replace(state, present=known.step)
 
     def _write_torque(self, bus_id: int, on: bool) -> Procedure[bytes, Packet, None]:
         state = yield from self._read_state(bus_id, make_sync_write(Register.TORQUE_ENABLE, {bus_id: bytes((on,))}))
         if state.torque_enable != on:
             raise MotorRefused("refused", f"torque enable (register 40): sent {on:d}, read {state.torque_enable}")
 
-    def _write_goal(self, bus_id: int, goal: int, speed: int) -> Procedure[bytes, Packet, State]:
-        data = _GOAL.pack(encode_sign_magnitude(goal, SIGN_BIT), 0, speed)
-        state = yield from self._read_state(bus_id, make_sync_write(Register.GOAL_POSITION, {bus_id: data}))
-        if (state.goal, state.goal_speed) != (goal, speed):
-            read = f"{state.goal} step at {state.goal_speed} step/s"
-            raise MotorRefused("refused", f"goal: sent {goal} step at {speed} step/s, read {read}")
+    def _write_goal(self, bus_id: int, goal: Goal) -> Procedure[bytes, Packet, State]:
+        state = yield from self._read_state(bus_id, make_sync_write(goal.address, {bus_id: goal.encode()}))
+        goal.check(state)
         return state
 
-    def _write_speed(self, bus_id: int, speed: int) -> Procedure[bytes, Packet, None]:
-        data = encode_sign_magnitude(speed, SIGN_BIT).to_bytes(2, "little")
-        state = yield from self._read_state(bus_id, make_sync_write(Register.GOAL_VELOCITY, {bus_id: data}))
-        if state.goal_speed != speed:
-            raise MotorRefused("refused", f"goal speed: sent {speed} step/s, read {state.goal_speed} step/s")
+
+def _speed_of(velocity_rad_s: float) -> tuple[Goal, str]:
+    if not isfinite(velocity_rad_s):
+        raise MotorRefused("malformed", f"{velocity_rad_s} rad/s")
+    speed = int(velocity_rad_s / RAD_PER_STEP)  # never faster than asked
+    if abs(speed) > MOST:
+        raise MotorRefused("out_of_limits", f"{velocity_rad_s} rad/s is {speed} step/s; the servo takes {MOST}")
+    return Goal(None, speed), f"turning at {speed * RAD_PER_STEP:.4f} rad/s"
+
+
+def _write_goals(goals: Mapping[int, Goal]) -> Exchange[bytes, Packet]:
+    """A sync write for each place that goals are written to; none is answered."""
+    addresses: dict[Register, dict[int, bytes]] = {}
+    for bus_id, goal in goals.items():
+        addresses.setdefault(goal.address, {})[bus_id] = goal.encode()
+    writes = [make_sync_write(address, data) for address, data in addresses.items()]
+    return Exchange(writes, frozenset(), lambda _: None)
 
 
 def _name(bit: int) -> str:

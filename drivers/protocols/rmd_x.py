@@ -6,29 +6,33 @@
               9C A1 A2 A4 code T iq16 speed16 angle16                  (C, 0.01 A, deg/s, deg)
               92          code 0 0 0 angle32                           (0.01 deg)
               70          code 0 0 0 0 0 0 loop
+              B3          the command itself
+              F1          unasked: its timeout (B3) has stopped it, once a second
               76          none: it restarts;  77 78 80 81: the command itself
     A1        torque      code 0 0 0 iq16 0 0           (0.01 A)
     A2        speed       code 0 0 0 speed32            (0.01 deg/s)
     A4        position    code 0 max_speed16 angle32    (deg/s, 0.01 deg)
+    B3        timeout     code 0 0 0 time32             (ms, 0: none)
 
 Little-endian; always eight bytes. All replies of a motor share one identifier: they are told apart by their code, so
 that the reply to an order never passes for a poll's. Own requests have identifiers on which no motor replies, and ids
 1 to 32 keep all of them apart: nothing can clash between motors of this family.
 
-Sources: MyActuator Motor Motion Protocol V4.2 and V4.4; 2b-t/myactuator_rmd test/protocol and actuator_state.
+Sources: MyActuator Motor Motion Protocol V4.2 and V4.4; 2b-t/myactuator_rmd test/protocol and actuator_state. What a
+motor does after its timeout: 2b-t/myactuator_rmd_ros pull request 4.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
 from math import inf, isfinite, nan, radians
 from struct import Struct
 from typing import Any, Final, NamedTuple
 
-from drivers.clock import MS
+from drivers.clock import MS, SECOND, MonotonicNs
 from drivers.errors import MotorRefused
-from drivers.family import CAN_FRAME_BITS, CanFrame, CanId, Exchange, Family, Overheard, Procedure, Reply
-from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status, bits_of, common_faults
+from drivers.family import CAN_FRAME_BITS, CanFrame, CanId, Exchange, Family, Overheard, Procedure, Ready, Reply
+from drivers.motor import SETPOINTS, Feedback, Kind, Motor, MotorInfo, Order, Status, bits_of, common_faults
 from drivers.sim.responder import Responder, SimulatedMotor
 from drivers.sim.servo import Drive
 
@@ -49,6 +53,7 @@ _STATUS_2 = Struct("<Bbhhh")
 _LONG = Struct("<B3xi")
 _TORQUE = Struct("<B3xh2x")
 _POSITION = Struct("<BxHi")
+_TIMEOUT = Struct("<B3xI")
 
 
 class Command(IntEnum):
@@ -67,7 +72,9 @@ class Command(IntEnum):
     SPEED = 0xA2
     POSITION = 0xA4
     VERSION_DATE = 0xB2
+    TIMEOUT = 0xB3
     MODEL = 0xB5
+    TIMED_OUT = 0xF1
 
 
 class Loop(IntEnum):
@@ -79,6 +86,8 @@ class Loop(IntEnum):
     POSITION = 3
 
 
+ECHOED: Final = frozenset({Command.BRAKE_RELEASE, Command.BRAKE_LOCK, Command.SHUTDOWN, Command.STOP, Command.TIMEOUT})
+"""Commands that a motor acknowledges by sending them back."""
 CLOSED: Final = frozenset({Loop.CURRENT, Loop.SPEED, Loop.POSITION})
 
 
@@ -150,6 +159,11 @@ def make_speed(bus_id: int, speed: int) -> CanFrame:
 def make_position(bus_id: int, max_speed: int, angle: int) -> CanFrame:
     """Close the position loop on an angle of the output shaft, 0.01 deg; ``max_speed`` deg/s, 0 for no limit."""
     return CanFrame(COMMAND_ID + bus_id, _POSITION.pack(Command.POSITION, max_speed, angle))
+
+
+def make_timeout(bus_id: int, timeout_ms: int) -> CanFrame:
+    """Stop when nothing was heard for so long; 0: never. The motor writes it to its ROM."""
+    return CanFrame(COMMAND_ID + bus_id, _TIMEOUT.pack(Command.TIMEOUT, timeout_ms))
 
 
 def encode_status_1(status: Status1) -> bytes:
@@ -244,6 +258,9 @@ class _Known:
     """What was learned about one motor."""
 
     armed: bool = False  # it was enabled from here, and nothing has ended that
+    timeout: bool = False  # B3 was sent since it was connected
+    timed_out: bool = False  # it has stopped itself, and was not enabled since
+    echoed: bool = False  # its latest reply to a poll was the request itself
     loop: int | None = None  # as last read
     voltage_v: float = nan
     errors: int = 0  # as last read: an error stands until the motor takes it back
@@ -264,7 +281,12 @@ class RmdX(Family[CanFrame, CanFrame]):
 
     There is no ``clear_fault``: no command clears an error. Some go with their cause; a stall, an over-current or an
     encoder's need a restart, after which a motor that does not save its turns may count from elsewhere, and 76
-    (restart) is not answered. The timeout of B3 is written to ROM: it is the user's to set, and not armed here.
+    (restart) is not answered.
+
+    Its watchdog is the timeout of B3: a motor that hears nothing for so long cuts its output and locks its brake, says
+    F1 once a second, and answers the first command after that by sending it back, without obeying it. The motor
+    writes the timeout to its ROM, where it outlasts the gateway, and does not tell it: so it is written once a
+    connection, by ``enable``, before which no setpoint is taken. ``enable`` also ends it.
     """
 
     name = "rmd_x"
@@ -275,6 +297,7 @@ class RmdX(Family[CanFrame, CanFrame]):
     examples = (Options(), Options(nm_per_a=1.5))  # with 1 deg no position is as near as tests expect it
     bit_rates = (1_000_000, 500_000)
     refresh_ns = 200 * MS
+    watchdog = True
 
     def __init__(self, motors: Sequence[Motor]) -> None:
         super().__init__(motors)
@@ -333,6 +356,8 @@ class RmdX(Family[CanFrame, CanFrame]):
 
         def match(frame: CanFrame) -> Reply | None:
             bus_id, command = frame.can_id - REPLY_ID, frame.data[0]
+            if bus_id in asked and self._is_echo(bus_id, frame.data):
+                return None
             if command == Command.STATUS_2 and bus_id in asked:
                 status = statuses[bus_id] = decode_status_2(frame.data)
                 if bus_id not in fine:
@@ -348,9 +373,25 @@ class RmdX(Family[CanFrame, CanFrame]):
 
         return Exchange(requests, asked, match, begin)
 
+    def _is_echo(self, bus_id: int, data: bytes) -> bool:
+        """Whether a reply to 9C is the request sent back: the motor had stopped itself, and answers the next ones.
+
+        (At 0 C and 0 deg, at rest, a true one looks the same: what comes twice in a row is one.)
+        """
+        known = self._known[bus_id]
+        if data[0] != Command.STATUS_2:
+            return False
+        echoed, known.echoed = known.echoed, not any(data[1:])
+        if known.echoed and not echoed:
+            known.timed_out, known.armed = True, False
+        return known.echoed and not echoed
+
     def overhear(self, packet: CanFrame) -> Overheard | None:
-        """9A, which a motor in error sends by itself if it was set so (20 03); and a poll's first half, no stray."""
+        """F1; 9A, which a motor in error sends by itself if it was set so (20 03); a poll's first half, no stray."""
         bus_id = packet.can_id - REPLY_ID
+        if bus_id in self._known and packet.data[0] == Command.TIMED_OUT:
+            self._known[bus_id].timed_out, self._known[bus_id].armed = True, False
+            return Overheard(bus_id)
         if packet is self._half:
             return Overheard(bus_id)
         if bus_id in self._known and packet.data[0] == Command.STATUS_1:
@@ -364,8 +405,12 @@ class RmdX(Family[CanFrame, CanFrame]):
 
     def connect(self, bus_id: int) -> Procedure[CanFrame, CanFrame, MotorInfo | None]:
         """Read version, model, status and loop. A motor older than V3.5 does not answer B5: its model stays open."""
-        self._known[bus_id] = _Known()
-        version = yield from self._ask(make_command(bus_id, Command.VERSION_DATE))
+        self._known[bus_id] = _Known(timed_out=self._known[bus_id].timed_out)
+        request = make_command(bus_id, Command.VERSION_DATE)
+        version = yield from self._ask(request)
+        if version == request.data:  # the first command after its timeout
+            self._known[bus_id].timed_out = True
+            version = yield from self._ask(request)
         if version is None:
             return None
         model = yield from self._ask(make_command(bus_id, Command.MODEL))
@@ -397,10 +442,34 @@ class RmdX(Family[CanFrame, CanFrame]):
             case Kind.STOP:
                 return (yield from self._stop(bus_id))
             case _:
-                frame, done = self._make_setpoint(bus_id, order)
-                yield from self._check_ready(bus_id)
-                yield from self._command(frame)
-                return done
+                return (yield from self.set_alone(bus_id, order))
+
+    def prepare(self, bus_id: int, order: Order) -> Procedure[CanFrame, CanFrame, Ready]:
+        """See that the motor was enabled from here, and still is."""
+        if order.kind not in SETPOINTS & self.kinds_of(self.motors[bus_id]):
+            raise MotorRefused("unsupported", f"{self.motors[bus_id].name} ({self.name}) has no setpoint {order.kind}")
+        frame, done = self._make_setpoint(bus_id, order)
+        yield from self._check_ready(bus_id)
+        return Ready(frame, done)
+
+    def fire(self, ready: Mapping[int, Ready]) -> Exchange[CanFrame, CanFrame]:
+        """One burst of commands: that to all motors (280) has one value for all of them."""
+        return _burst([one.trigger for one in ready.values()])
+
+    def confirm(self, bus_id: int, ready: Ready, reply: Any) -> Procedure[CanFrame, CanFrame, str]:
+        """The reply bears the code of the command: it is all that there is to see."""
+        if reply is None:
+            raise MotorRefused("no_reply", f"no reply to {ready.trigger} from motor {bus_id}")
+        yield from ()
+        return ready.told
+
+    def halt(self, bus_ids: Iterable[int]) -> Exchange[CanFrame, CanFrame]:
+        """81, in one frame to all if none of the bus is known to be off: what it does to such a motor is not told."""
+        on = [bus_id for bus_id in bus_ids if self._known[bus_id].loop in CLOSED]
+        if len(on) == len(self.motors):
+            to_all = CanFrame(ALL_MOTORS_ID, make_command(0, Command.STOP).data)
+            return replace(_burst([make_command(bus_id, Command.STOP) for bus_id in on]), requests=[to_all])
+        return _burst([make_command(bus_id, Command.STOP) for bus_id in on])
 
     def _enable(self, bus_id: int) -> Procedure[CanFrame, CanFrame, str]:
         """Hold where it is, then open the brake: the other way round the load would fall meanwhile."""
@@ -408,28 +477,37 @@ class RmdX(Family[CanFrame, CanFrame]):
         status = yield from self._read_status(bus_id)
         if status.errors:
             raise MotorRefused("refused", f"the motor reports {', '.join(self.explain(status.errors))}")
+        yield from self._arm(bus_id)
         angle = decode_long((yield from self._command(make_command(bus_id, Command.MULTI_TURN_ANGLE))))
         yield from self._command(make_position(bus_id, HOLD_DPS, angle))
-        yield from self._command_echoed(bus_id, Command.BRAKE_RELEASE)
+        yield from self._command_echoed(make_command(bus_id, Command.BRAKE_RELEASE))
         loop = yield from self._read_loop(bus_id)
         if loop != Loop.POSITION:
             raise MotorRefused("refused", f"operating mode (70) is {loop} after A4, not {Loop.POSITION:d}")
-        known.armed = True
+        known.armed, known.timed_out = True, False
         return f"enabled, holding {angle * RAD_PER_CENTIDEGREE:.4f} rad"
+
+    def _arm(self, bus_id: int) -> Procedure[CanFrame, CanFrame, None]:
+        """Write the timeout, which a motor that has just obeyed another command acknowledges by sending it back."""
+        known, timeout_ms = self._known[bus_id], self.motors[bus_id].watchdog_ns // MS
+        if not timeout_ms or known.timeout:
+            return
+        yield from self._command_echoed(make_timeout(bus_id, timeout_ms))
+        known.timeout = True
 
     def _disable(self, bus_id: int) -> Procedure[CanFrame, CanFrame, str]:
         """Shut down, then lock the brake, as the motor itself does when it misses its master (B3)."""
         self._known[bus_id].armed = False
-        yield from self._command_echoed(bus_id, Command.SHUTDOWN)
+        yield from self._command_echoed(make_command(bus_id, Command.SHUTDOWN))
         self._known[bus_id].loop = Loop.NONE
-        yield from self._command_echoed(bus_id, Command.BRAKE_LOCK)
+        yield from self._command_echoed(make_command(bus_id, Command.BRAKE_LOCK))
         return "output is off, brake is locked"
 
     def _stop(self, bus_id: int) -> Procedure[CanFrame, CanFrame, str]:
         """81 brings the speed to 0 and holds; what it does to a motor that is off is not told, so none gets it."""
         if (yield from self._read_loop(bus_id)) == Loop.NONE:
             return "output is off already"
-        yield from self._command_echoed(bus_id, Command.STOP)
+        yield from self._command_echoed(make_command(bus_id, Command.STOP))
         return "stopped, holding"
 
     def _make_setpoint(self, bus_id: int, order: Order) -> tuple[CanFrame, str]:
@@ -479,15 +557,16 @@ class RmdX(Family[CanFrame, CanFrame]):
         known.armed = known.armed and known.loop in CLOSED
         return known.loop
 
-    def _command_echoed(self, bus_id: int, command: Command) -> Procedure[CanFrame, CanFrame, None]:
+    def _command_echoed(self, frame: CanFrame) -> Procedure[CanFrame, CanFrame, None]:
         """A command that a motor acknowledges by sending it back."""
-        frame = make_command(bus_id, command)
         reply = yield from self._command(frame)
         if reply != frame.data:
             raise MotorRefused("refused", f"sent {frame}, which was answered with {reply.hex().upper()}")
 
     def _command(self, frame: CanFrame) -> Procedure[CanFrame, CanFrame, bytes]:
         reply = yield from self._ask(frame)
+        if reply == frame.data and frame.data[0] not in ECHOED:  # not obeyed: its timeout had expired
+            reply = yield from self._ask(frame)
         if reply is None:
             raise MotorRefused("no_reply", f"no reply to {frame} from motor {frame.can_id - COMMAND_ID}")
         return reply
@@ -512,9 +591,22 @@ class RmdX(Family[CanFrame, CanFrame]):
             voltage_v=known.voltage_v,
             current_a=status.current_a,
             torque_nm=nan if nm_per_a is None else status.current_a * nm_per_a,
-            status=known.faults | (Status.ENABLED if known.loop in CLOSED else 0),
+            status=known.faults
+            | (Status.FAULT_COMMUNICATION if known.timed_out else 0)
+            | (Status.ENABLED if known.loop in CLOSED and not known.timed_out else 0),
             vendor_error=known.errors,
         )
+
+
+def _burst(frames: Sequence[CanFrame]) -> Exchange[CanFrame, CanFrame]:
+    """Commands to several motors; each replies with its command's code."""
+    codes = {frame.can_id - COMMAND_ID: frame.data[0] for frame in frames}
+
+    def match(reply: CanFrame) -> Reply | None:
+        bus_id = reply.can_id - REPLY_ID
+        return (bus_id, reply.data) if codes.get(bus_id) == reply.data[0] else None
+
+    return Exchange(frames, frozenset(codes), match)
 
 
 def _words(bit: int) -> str:
@@ -540,6 +632,10 @@ class _Motor:
         self.simulated = simulated
         self._brake_released = simulated.servo.enabled
         self._hot = False
+        self._timeout_ms = 0  # in ROM
+        self._timed_out = False
+        self._heard_ns = MonotonicNs(0)
+        self._told_ns = 0  # when it said so last
         configured = options_of(simulated.motor).nm_per_a
         self._nm_per_a = simulated.servo.limits.nm_per_a if configured is None else configured
 
@@ -547,10 +643,26 @@ class _Motor:
         """No loop is closed, the brake is locked."""
         self.simulated.servo.disable()
         self._brake_released = False
-        self._hot = False
+        self._hot = self._timed_out = False
 
-    def answer(self, data: bytes) -> bytes | None:
+    def watch(self, now: MonotonicNs) -> bytes | None:
+        """Cut the output and lock the brake if nothing was heard for too long; what it says of it, once a second."""
+        running = self._brake_released or self.simulated.servo.enabled
+        if self._timeout_ms and running and now - self._heard_ns > self._timeout_ms * MS:
+            self._timed_out, self._told_ns = True, now - SECOND
+            self._switch(Command.SHUTDOWN)
+            self._switch(Command.BRAKE_LOCK)
+        if not self._timed_out or now - self._told_ns < SECOND:
+            return None
+        self._told_ns = now
+        return bytes((Command.TIMED_OUT, 0, 0, 0, 0, 0, 0, 0))
+
+    def answer(self, data: bytes, now: MonotonicNs) -> bytes | None:
         """Obey a command; its reply, None if it is none that this motor knows or answers."""
+        self._heard_ns = now
+        if self._timed_out:
+            self._timed_out = False
+            return data
         servo, errors = self.simulated.servo, self._errors()
         if errors:
             servo.disable()
@@ -575,6 +687,9 @@ class _Motor:
                 return self._status_2(data[0])
             case Command.SHUTDOWN | Command.STOP | Command.BRAKE_RELEASE | Command.BRAKE_LOCK:
                 self._switch(data[0])
+                return data
+            case Command.TIMEOUT:
+                self._timeout_ms = _TIMEOUT.unpack(data)[1]
                 return data
             case Command.RESET:
                 self.power_up()
@@ -642,6 +757,14 @@ class SimulatedRmdX(Responder[CanFrame]):
     def __init__(self, motors: Sequence[SimulatedMotor]) -> None:
         super().__init__(motors)
         self._motors = {bus_id: _Motor(simulated) for bus_id, simulated in self.motors.items()}
+        self._now = MonotonicNs(0)
+
+    def tick(self, now: MonotonicNs) -> Iterator[tuple[SimulatedMotor, CanFrame]]:
+        """What motors say that nobody talks to any more."""
+        self._now = now
+        for motor in self._motors.values():
+            if said := motor.watch(now):
+                yield motor.simulated, CanFrame(REPLY_ID + motor.simulated.reply_id, said)
 
     def reboot(self, simulated: SimulatedMotor) -> None:
         """Power-up."""
@@ -652,7 +775,7 @@ class SimulatedRmdX(Responder[CanFrame]):
         if unit.extended or len(unit.data) != 8:
             return
         for bus_id, motor in self._motors.items():
-            if unit.can_id in {COMMAND_ID + bus_id, ALL_MOTORS_ID} and (reply := motor.answer(unit.data)):
+            if unit.can_id in {COMMAND_ID + bus_id, ALL_MOTORS_ID} and (reply := motor.answer(unit.data, self._now)):
                 yield motor.simulated, CanFrame(REPLY_ID + motor.simulated.reply_id, reply)
 
 

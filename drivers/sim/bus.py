@@ -7,7 +7,7 @@ in between may still go ahead of it.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from random import Random
@@ -73,6 +73,8 @@ class SimulatedBus(Generic[W]):
         self.faults = BusFaults()
         self.errors: deque[CanError] = deque(maxlen=_MOST_ERRORS)
         """What the client's CAN controller would report, for the host to pass on."""
+        self.watch: Callable[[MonotonicNs], None] | None = None
+        """Called with the arrival of each request, when all motors have taken it: for measurements."""
         self._wire: Wire[W] = Wire(bits_per_s)
         self.timed = bits_per_s > 0
         self._turnaround_ns = turnaround_ns
@@ -127,6 +129,8 @@ class SimulatedBus(Generic[W]):
                     for sender, unit in responder.respond(turn.unit):
                         delay_ns = responder.return_delay_ns(sender) + self._turnaround_ns if self.timed else 0
                         self._send(sender, unit, arrived + delay_ns)
+                if self.watch:
+                    self.watch(arrived)
             elif not turn.lost:
                 arriving.append((arrived, turn.unit))
         return arriving

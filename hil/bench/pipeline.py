@@ -55,11 +55,11 @@ LINK, STAMP, JOURNAL, PAGES, APPEND, SEND, TOLD, WRITER, PUBLISHER, LOOP, REST =
 _WRITER_THREAD = {
     "gateway.stamp:Stamp.stamp": STAMP,
     "gateway.journal:Journal.commit": JOURNAL,
-    "gateway.journal:Journal.save_heads": JOURNAL,
-    "gateway.journal:Journal.trim": JOURNAL,
+    "gateway.journal:Journal.plan_trim": JOURNAL,
+    "gateway.damage:Scrubber.look": JOURNAL,
 }
 _MAIN_THREAD = {
-    "gateway.publisher:Pages.append": PAGES,
+    "gateway.recent:Recent.append": PAGES,
     "gateway.publisher:Pages.behind": PAGES,
     "gateway.publisher:TelemetryLane.take": PAGES,
     "gateway.publisher:Publisher._send": APPEND,  # what is not in another stage: the loop of appends

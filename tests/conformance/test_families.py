@@ -4,6 +4,8 @@ Each test runs once for each of the family's ``examples``: "name#1" is the famil
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from math import inf, isfinite, nan
 from typing import Any
 
@@ -12,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers import protocols
-from drivers.family import CAN_FRAME_BITS, CanFrame, Family
-from drivers.motor import DRIVES, Feedback, Kind, Motor, Order, Status
+from drivers.clock import SECOND
+from drivers.errors import MotorRefused
+from drivers.family import CAN_FRAME_BITS, CanFrame, Family, Ready
+from drivers.motor import DRIVES, SETPOINTS, Feedback, Kind, Motor, Order, Status
 from drivers.sim.build import SimulationSettings
+from drivers.sim.servo import Servo
 from tests.memory_loop import Loop, make_motor
 
 NAMES = [
@@ -334,6 +339,199 @@ def test_drive_that_makes_no_sense_moves_nothing(name: str, kind: Kind, value: f
     assert str(value) in refusal.detail
     loop.wait(1)
     assert loop.servo(first).position_rad == pytest.approx(0, abs=NEAR_RAD)
+
+
+# --- watchdogs --------------------------------------------------------------------------------------------------------
+
+WATCHDOG_S = 0.5
+
+guarded = pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in NAMES if load(name).watchdog for kind in sorted(SETPOINTS & kinds_of(name))],
+)
+
+
+def make_guarded_loop(name: str, watchdog_s: float = WATCHDOG_S) -> tuple[Loop, int]:
+    """A motor whose watchdog may be armed, connected."""
+    bus_id = load(name).bus_ids[0]
+    loop = Loop([replace(make(name, bus_id), watchdog_ns=round(watchdog_s * SECOND))])
+    assert loop.connect(bus_id) is not None
+    loop.poll(bus_id)
+    servo = loop.servo(bus_id)
+    servo.limits = replace(servo.limits, position_rad=(-100, 100))  # a torque goes far
+    return loop, bus_id
+
+
+def keep_polling(loop: Loop, bus_id: int, seconds: float) -> None:
+    for _ in range(round(seconds / 0.1)):
+        loop.wait(0.1)
+        loop.poll(bus_id)
+        if procedure := loop.family.refresh(bus_id):
+            loop.run(procedure)
+
+
+def fall_silent(loop: Loop, seconds: float) -> None:
+    for _ in range(round(seconds / 0.02)):
+        loop.wait(0.02)
+
+
+def come_back(loop: Loop, bus_id: int) -> Feedback:
+    """What the motor tells once the gateway polls it again, or has connected it anew."""
+    for _ in range(3):
+        if bus_id not in loop.poll(bus_id):
+            assert loop.connect(bus_id) is not None
+    return poll_after_refresh(loop, bus_id)
+
+
+def is_stopped(loop: Loop, bus_id: int) -> bool:
+    before_rad = loop.servo(bus_id).position_rad
+    fall_silent(loop, 0.5)
+    return loop.servo(bus_id).position_rad == pytest.approx(before_rad, abs=NEAR_RAD)
+
+
+@guarded
+def test_motor_stops_by_itself_when_the_gateway_falls_silent_and_not_before(name: str, kind: Kind) -> None:
+    loop, bus_id = make_guarded_loop(name)
+    loop.order(bus_id, Order(Kind.ENABLE))
+    loop.order(bus_id, Order(kind, -2.5 if kind == Kind.POSITION else 0.4, 0.3))
+    keep_polling(loop, bus_id, 2)
+    assert abs(loop.servo(bus_id).velocity_rad_s) > 0.1
+    fall_silent(loop, WATCHDOG_S + 0.7)
+    assert is_stopped(loop, bus_id)
+    told = come_back(loop, bus_id)
+    assert told.status & Status.FAULT_COMMUNICATION
+    assert is_stopped(loop, bus_id)
+
+
+@guarded
+def test_motor_that_its_watchdog_has_stopped_can_be_used_again(name: str, kind: Kind) -> None:
+    loop, bus_id = make_guarded_loop(name)
+    loop.order(bus_id, Order(Kind.ENABLE))
+    loop.order(bus_id, Order(kind, 0.4, 0.3))
+    fall_silent(loop, 1)
+    come_back(loop, bus_id)
+    assert loop.refusal(bus_id, Order(kind, 0.4, 0.3)).reason in {"not_enabled", "refused"}
+    if Kind.CLEAR_FAULT in kinds_of(name):
+        loop.order(bus_id, Order(Kind.CLEAR_FAULT))
+        loop.poll(bus_id)
+    loop.order(bus_id, Order(Kind.ENABLE))
+    told = poll_after_refresh(loop, bus_id)
+    assert told.status & Status.ENABLED
+    assert not told.status & Status.faults()
+    loop.order(bus_id, Order(kind, -2.5 if kind == Kind.POSITION else -0.4, 0.3))
+    keep_polling(loop, bus_id, 1)
+    assert loop.servo(bus_id).velocity_rad_s < -0.1
+    fall_silent(loop, 1)
+    assert is_stopped(loop, bus_id)
+
+
+@guarded
+def test_watchdog_is_armed_by_the_first_setpoint_where_another_master_has_enabled_the_motor(
+    name: str, kind: Kind
+) -> None:
+    loop, bus_id = make_guarded_loop(name)
+    loop.order(bus_id, Order(Kind.ENABLE))
+    loop.connect(bus_id)
+    loop.poll(bus_id)
+    with suppress(MotorRefused):  # some have to be enabled from here
+        loop.order(bus_id, Order(kind, -2.5 if kind == Kind.POSITION else 0.4, 0.3))
+    keep_polling(loop, bus_id, 1)
+    fall_silent(loop, 1)
+    assert is_stopped(loop, bus_id)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).watchdog])
+def test_monitoring_arms_no_watchdog(name: str) -> None:
+    bus_id = load(name).bus_ids[0]
+    motor = replace(make(name, bus_id), watchdog_ns=SECOND // 2)
+    loop = Loop([motor], SimulationSettings(motion="still", enabled=True))
+    assert loop.run(loop.family.identify(bus_id)) is not None
+    assert loop.connect(bus_id) is not None
+    keep_polling(loop, bus_id, 1)
+    fall_silent(loop, 2)
+    assert loop.servo(bus_id).enabled
+    assert not come_back(loop, bus_id).status & Status.faults()
+
+
+@guarded
+def test_watchdog_that_is_not_configured_is_not_armed(name: str, kind: Kind) -> None:
+    loop, bus_id = make_guarded_loop(name, watchdog_s=0)
+    loop.order(bus_id, Order(Kind.ENABLE))
+    loop.order(bus_id, Order(kind, -2.5 if kind == Kind.POSITION else 0.4, 0.3))
+    fall_silent(loop, 2)
+    assert abs(loop.servo(bus_id).velocity_rad_s) > 0.1
+
+
+# --- several motors at once -------------------------------------------------------------------------------------------
+
+
+def goal_of(servo: Servo) -> tuple[object, ...]:
+    return servo.drive, servo.goal_rad, servo.goal_velocity_rad_s, servo.goal_torque_nm
+
+
+setting = pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in NAMES for kind in sorted(SETPOINTS & kinds_of(name))]
+)
+
+
+def prepare(loop: Loop, bus_ids: Sequence[int], kind: Kind) -> dict[int, Ready]:
+    for bus_id in bus_ids:
+        loop.order(bus_id, Order(Kind.ENABLE))
+    orders = {bus_id: Order(kind, 0.2 + 0.1 * number, 0.3) for number, bus_id in enumerate(bus_ids)}
+    return {bus_id: loop.run(loop.family.prepare(bus_id, order)) for bus_id, order in orders.items()}
+
+
+@setting
+def test_motors_that_are_fired_together_take_their_goals_in_the_same_step(name: str, kind: Kind) -> None:
+    loop, bus_ids = make_loop(name)
+    ready = prepare(loop, bus_ids, kind)
+    loop.wait(0.5)
+    assert all(loop.servo(bus_id).position_rad == pytest.approx(0, abs=NEAR_RAD) for bus_id in bus_ids)
+    before = [goal_of(loop.servo(bus_id)) for bus_id in bus_ids]
+    replies = loop.exchange(loop.family.fire(ready))
+    after = [goal_of(loop.servo(bus_id)) for bus_id in bus_ids]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    for bus_id, one in ready.items():
+        assert loop.run(loop.family.confirm(bus_id, one, replies.get(bus_id))) == one.told
+    assert [goal_of(loop.servo(bus_id)) for bus_id in bus_ids] == after
+
+
+@setting
+def test_motor_that_is_prepared_refuses_without_moving_any(name: str, kind: Kind) -> None:
+    loop, (first, second, _) = make_loop(name)
+    loop.poll(second)
+    prepare(loop, [first], kind)
+    with pytest.raises(MotorRefused) as refusal:
+        loop.run(loop.family.prepare(second, Order(kind, 0.1, 0.3)))
+    assert refusal.value.reason == "not_enabled"
+    loop.wait(1)
+    assert loop.servo(first).position_rad == pytest.approx(0, abs=NEAR_RAD)
+
+
+@setting
+def test_halt_stops_all_motors_in_one_exchange(name: str, kind: Kind) -> None:
+    loop, bus_ids = make_loop(name)
+    loop.exchange(loop.family.fire(prepare(loop, bus_ids, kind)))
+    if kind != Kind.POSITION:
+        for bus_id in bus_ids:
+            loop.order(bus_id, Order(kind, 0.4, 0.3))
+    loop.wait(0.3)
+    loop.poll(*bus_ids)
+    loop.exchange(loop.family.halt(bus_ids))
+    loop.wait(0.5)
+    stopped = [loop.servo(bus_id).position_rad for bus_id in bus_ids]
+    loop.wait(1)
+    assert [loop.servo(bus_id).position_rad for bus_id in bus_ids] == pytest.approx(stopped, abs=NEAR_RAD)
+    for bus_id in bus_ids:
+        loop.order(bus_id, Order(Kind.STOP))
+
+
+@taking()
+def test_halt_switches_no_torque_on(name: str) -> None:
+    loop, bus_ids = make_loop(name)
+    loop.poll(*bus_ids)
+    loop.exchange(loop.family.halt(bus_ids))
+    assert not any(loop.servo(bus_id).enabled for bus_id in bus_ids)
 
 
 # --- identity, faults -------------------------------------------------------------------------------------------------

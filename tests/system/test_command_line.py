@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,20 @@ def test_tail_reads_the_journal_from_anywhere(running: Arm) -> None:
     assert {event["motor"] for event in events if event["type"] == "motor.online"} == {f"joint{n}" for n in range(1, 7)}
     text = running.cli("tail", str(running.config), "--from", "beginning", "--count", "1").stdout
     assert "position_rad=" in text
+
+
+def test_tail_begins_at_a_time_and_a_reader_goes_on_where_it_stopped(running: Arm) -> None:
+    def tail(*arguments: str) -> list[dict[str, Any]]:
+        found = running.cli("tail", str(running.config), "--json", "--motor", "joint5", "--count", "3", *arguments)
+        assert found.returncode == 0, found.stderr
+        return [json.loads(line) for line in found.stdout.splitlines()]
+
+    third = tail("--from", "beginning")[2]
+    at = datetime.fromtimestamp(0, UTC) + timedelta(microseconds=third["sampled_at_ns"] // 1000)
+    assert tail("--from", at.isoformat())[0] == third
+    first = tail("--from", "beginning", "--reader", "me")
+    again = tail("--from", "beginning", "--reader", "me")
+    assert [record["seq"] for record in (*first, *again)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

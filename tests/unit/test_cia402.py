@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers import protocols
+from drivers.clock import MS
 from drivers.errors import MotorRefused
 from drivers.family import CanFrame, Overheard, run_with_replies
 from drivers.motor import Feedback, Kind, Motor, Order, Status
@@ -30,6 +31,7 @@ from drivers.protocols._canopen import (
     upload,
 )
 from drivers.protocols._cia402 import (
+    ABORT_CONNECTION,
     CONTROLWORD,
     HEARTBEAT_TIME,
     MODE_DISPLAY,
@@ -43,6 +45,7 @@ from drivers.protocols._cia402 import (
     State,
     state_of,
 )
+from drivers.protocols._cia402_drive import SimulatedCia402
 from drivers.protocols.cia402 import Cia402
 from drivers.sim.build import SimulationSettings
 from gateway.config import ConfigError, loads
@@ -126,11 +129,13 @@ def write(loop: Loop, wanted: Object, value: float, node: int = 3) -> str:
 
 def controls(loop: Loop) -> list[int]:
     """The controlwords that were sent."""
-    return [
-        int.from_bytes(frame.data[4:6], "little")
-        for frame in loop.sent
-        if frame.can_id == 0x603 and frame.data[:4] == bytes.fromhex("2B406000")
-    ]
+    sent = []
+    for frame in loop.sent:
+        if frame.can_id == 0x603 and frame.data[:4] == bytes.fromhex("2B406000"):
+            sent.append(int.from_bytes(frame.data[4:6], "little"))
+        if frame.can_id == 0x203:
+            sent.append(int.from_bytes(frame.data, "little"))
+    return sent
 
 
 # --- SDO --------------------------------------------------------------------------------------------------------------
@@ -244,7 +249,7 @@ def test_pdo_survives_the_wire_whatever_its_bits(entries: list[tuple[int, int]])
     assert [int.from_bytes(raw, "little") for raw in pdo.unpack(data).values()] == values
 
 
-def test_tpdos_are_written_in_the_order_that_the_standard_wants() -> None:
+def test_pdos_are_written_in_the_order_that_the_standard_wants() -> None:
     loop = Loop([Motor(0, "joint", "cia402", 3, Options(36_000, rated_torque_nm=10))])
     loop.connect(3)
     writes = [str(frame) for frame in loop.sent if frame.can_id == 0 or frame.data[0] >> 5 == 1]
@@ -264,6 +269,12 @@ def test_tpdos_are_written_in_the_order_that_the_standard_wants() -> None:
         "603#2F011A0001000000",
         "603#2F01180201000000",
         "603#2301180183020000",
+        "603#2300140103020080",  # RPDO1: not valid
+        "603#2F00160000000000",
+        "603#2300160110004060",  # 6040, 16
+        "603#2F00160001000000",
+        "603#2F00140201000000",
+        "603#2300140103020000",
         "603#2B17100064000000",  # heartbeat, 100 ms
         "000#0103",  # start
     ]
@@ -838,7 +849,8 @@ def test_tpdo_on_events_comes_when_something_changes() -> None:
 def test_rpdos_drive_it_too() -> None:
     loop = make_loop()
     for control in (0x06, 0x07, 0x0F):
-        ask(loop, CanFrame(0x203, pack("<H", control)))
+        ask(loop, CanFrame(0x203, pack("<H", control)))  # as it was set up: at a SYNC
+        ask(loop, CanFrame(0x080, b""))
     ask(loop, CanFrame(0x303, pack("<Hb", 0x0F, 3)))
     ask(loop, CanFrame(0x503, pack("<Hi", 0x0F, 3_600)))
     loop.wait(1)
@@ -853,3 +865,85 @@ def test_simulated_drives_that_are_configured_otherwise_tell_their_temperature_t
         assert refresh is not None
         loop.run(refresh)
         assert loop.poll(3)[3].temperature_c == pytest.approx(47.0, abs=0.1)
+
+
+# --- the gateway's heartbeat ------------------------------------------------------------------------------------------
+
+
+def make_guarded(options: Options = PLAIN) -> Loop:
+    loop = Loop([Motor(0, "joint", "cia402", 3, options, watchdog_ns=500 * MS)], STILL)
+    assert loop.connect(3) is not None
+    loop.sent.clear()
+    return loop
+
+
+def objects_of(loop: Loop) -> dict[Any, Any]:
+    (responder,) = loop.bus._responders
+    assert isinstance(responder, SimulatedCia402)
+    return responder._drives[3].node._objects
+
+
+def test_drive_is_told_to_consume_the_heartbeat_of_node_127_and_each_poll_brings_one() -> None:
+    loop = make_guarded()
+    assert [str(frame) for frame in loop.family.poll([3]).requests] == ["77F#05", "080#"]
+    loop.order(3, ENABLE)
+    assert "603#23161001F4017F00" in [str(frame) for frame in loop.sent]
+    loop.sent.clear()
+    loop.order(3, Order(Kind.POSITION, 0.5, 1.0))
+    assert all(frame.can_id != 0x77F for frame in loop.sent)
+
+
+@pytest.mark.parametrize("key", [(0x1016, 1), (0x6007, 0)])
+def test_drive_that_cannot_consume_a_heartbeat_is_not_enabled(key: tuple[int, int]) -> None:
+    loop = make_guarded()
+    objects_of(loop)[key].writable = False
+    objects_of(loop)[key].value = 0
+    refusal = loop.refusal(3, ENABLE)
+    assert refusal.reason == "refused"
+    assert refusal.detail.startswith("its watchdog cannot be armed: ")
+    assert f"{key[0]:04X}" in refusal.detail
+    assert "read only" in refusal.detail
+    assert not loop.servo(3).enabled
+
+
+@pytest.mark.parametrize(
+    ("option", "kept", "state"),
+    [(0, 3, State.QUICK_STOP), (1, 1, State.FAULT), (2, 2, State.SWITCH_ON_DISABLED), (3, 3, State.QUICK_STOP)],
+)
+def test_drive_that_misses_the_heartbeat_does_what_its_option_says_and_one_without_is_given_one(
+    option: int, kept: int, state: State
+) -> None:
+    loop = make_guarded()
+    write(loop, ABORT_CONNECTION, option)
+    loop.order(3, ENABLE)
+    assert read(loop, ABORT_CONNECTION) == kept
+    loop.wait(0.6)
+    assert state_of(read(loop, STATUSWORD)) == state
+    assert loop.poll(3) == {}  # it is no longer operational
+    assert loop.connect(3) is not None
+    loop.order(3, Order(Kind.CLEAR_FAULT))
+    loop.order(3, ENABLE)
+    assert loop.poll(3)[3].status & (Status.faults() | Status.ENABLED) == Status.ENABLED
+
+
+def test_drive_without_an_rpdo_gets_its_trigger_by_sdo() -> None:
+    options = Options(36_000, pdo="read")
+    loop = Loop([Motor(0, "joint", "cia402", 3, options)], STILL)
+    objects_of(loop)[0x1400, 1].value |= INVALID
+    assert loop.connect(3) is not None
+    loop.order(3, ENABLE)
+    loop.sent.clear()
+    loop.order(3, Order(Kind.POSITION, 0.5, 1.0))
+    assert not any(frame.can_id == 0x203 for frame in loop.sent)
+    assert controls(loop) == [0x3F, 0x0F]
+    loop.wait(2)
+    assert loop.poll(3)[3].position_rad == pytest.approx(0.5, abs=0.001)
+
+
+def test_halt_is_the_quick_stop_of_all_at_one_sync() -> None:
+    loop = make_loop()
+    loop.order(3, ENABLE)
+    exchange = loop.family.halt([3])
+    assert [str(frame) for frame in exchange.requests] == ["203#0200", "080#"]
+    loop.exchange(exchange)
+    assert state_of(read(loop, STATUSWORD)) == State.QUICK_STOP

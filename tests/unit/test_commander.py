@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import sqlite3
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from gateway.commander import Commander, Incoming
 from gateway.commands import Outcome, Reason, State, decode_outcome
 from gateway.config import loads
 from gateway.event_time import EventTime
-from gateway.journal import CommandState, Journal, JournalReader, Lost
+from gateway.journal import CommandState, Journal, JournalReader
 from gateway.writer import Committed, LogWriter
-from tests.gateway_parts import ARM, DEADLINE_S, MOTORS, Numbering
+from tests.gateway_parts import ARM, DEADLINE_S, MOTORS, Numbering, until
 
 
 class Deaf:
@@ -29,8 +30,9 @@ class Deaf:
 
     def committed(self, committed: Committed) -> None: ...
     def clock_stepped(self, step_ns: int) -> None: ...
-    def samples_dropped(self, counts: dict[int, int]) -> None: ...
-    def records_lost(self, lost: list[Lost]) -> None: ...
+    def saved(self, row: int, entry: int) -> None: ...
+    def forgotten(self, rows: Collection[int], entries: Collection[int]) -> None: ...
+    def journal_broken(self, error: str) -> None: ...
     def disk_failed(self, error: str) -> None: ...
     def disk_recovered(self) -> None: ...
     def writer_died(self, error: Exception) -> None: ...
@@ -42,13 +44,14 @@ class Rig:
     def __init__(self, directory: Path, up_for_ns: int, text: str) -> None:
         directory.mkdir(exist_ok=True)
         config = loads(text, directory / "arm.toml")
-        path = directory / "journal.db"
+        self.path = path = directory / "journal.db"
         time = EventTime()
         self.writer = LogWriter(Journal(path, "arm1", MOTORS, 1 << 30), time, 1.0, published=False)
         self.reader = JournalReader(path)
+        self.memory = JournalReader(path)  # the commander's own
         self.board = Board(config, time, path)
         self.commander = Commander(
-            config, self.reader, self.writer, self.board, time, self._send, epoch_ns() - up_for_ns
+            config, self.memory, self.writer, self.board, time, self._send, epoch_ns() - up_for_ns
         )
         self.sent: list[Ticket] = []
         self.known_when_sent: list[bool] = []  # whether the file knew an unfinished command at that moment
@@ -83,7 +86,13 @@ class Rig:
         return Incoming(raw, "local", 0, self._offset + 1)
 
     async def give(self, command_id: str, *args: Any, **fields: Any) -> None:
-        await self.commander.handle([self.record(command_id, *args, **fields)])
+        await self.handle([self.record(command_id, *args, **fields)])
+
+    async def handle(self, records: Sequence[Incoming]) -> None:
+        """Hand them over, and wait until they are sent, or never will be."""
+        await self.commander.handle(records)
+        if self.commander._recording:
+            await asyncio.wait(self.commander._recording)
 
     def done(self, number: int = -1, detail: str = "ok") -> None:
         """The worker says that the motor took this ticket."""
@@ -119,6 +128,7 @@ async def running(directory: Path, up_for_ns: int = 60 * SECOND, text: str = ARM
     finally:
         assert await asyncio.to_thread(rig.writer.stop, DEADLINE_S)
         rig.reader.close()
+        rig.memory.close()
 
 
 @pytest.fixture
@@ -183,33 +193,75 @@ async def test_nothing_that_begins_a_motion_is_sent_before_it_is_written_down(ri
     assert rig.known_when_sent == [True, True]
 
 
-async def test_sick_disk_holds_up_motions_but_not_what_ends_them(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = asyncio.Event()
-    durable = rig.writer.durable
+# --- a sick disk ------------------------------------------------------------------------------------------------------
 
-    async def slow() -> None:
-        await free.wait()
-        await durable()
 
-    monkeypatch.setattr(rig.writer, "durable", slow)
-    move = asyncio.create_task(rig.give("move"))
-    stop = asyncio.create_task(rig.give("stop", "joint2", kind="stop"))
-    await stop
+@contextlib.contextmanager
+def locked(rig: Rig) -> Iterator[None]:
+    """Somebody else holds the journal's lock: nothing is written."""
+    with contextlib.closing(sqlite3.connect(rig.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+async def test_sick_disk_holds_up_motions_but_not_what_ends_them(rig: Rig) -> None:
+    with locked(rig):
+        await rig.commander.handle([rig.record("move")])
+        await rig.commander.handle([rig.record("stop", "joint2", kind="stop")])
+        assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP]
+    await until(lambda: len(rig.sent) == 2)
+    assert rig.sent[1].order.kind == Kind.POSITION
+
+
+async def test_motion_that_is_not_written_down_within_its_ttl_is_never_sent(rig: Rig) -> None:
+    with locked(rig):
+        await rig.give("move", ttl_ms=200)
+        await rig.commander.handle([rig.record("stop", "joint2", kind="stop")])
+        assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP]
+    assert (await rig.final("move"))[:2] == (State.FAILED, Reason.NOT_RECORDED)
+    assert len(rig.sent) == 1
+
+
+async def test_source_is_never_held_up_by_a_sick_disk(rig: Rig) -> None:
+    with locked(rig):
+        for number in range(2 * module.RECORDINGS):
+            await rig.commander.handle([rig.record(f"move{number}")])
+        await rig.commander.handle([rig.record("stop", kind="stop")])
+        assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP]
+    assert await rig.final("move0") == (State.SUPERSEDED, Reason.NEWER_COMMAND, "by 'move1'")
+
+
+async def test_without_the_memory_of_ids_nothing_begins_a_motion_but_everything_ends_one(rig: Rig) -> None:
+    rig.memory.close()
+    await rig.give("move")
+    await rig.give("stop", kind="stop")
     assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP]
-    free.set()
-    await move
-    assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP, Kind.POSITION]
+    rig.commander._journal = rig.reader  # the disk is back
+    state, reason, detail = await rig.final("move")
+    assert (state, reason) == (State.REJECTED, Reason.NOT_RECORDED)
+    assert "cannot say whether it is new" in detail
+    assert await rig.states("stop") == [State.ACCEPTED]
+    await rig.give("move")  # the id was not used up
+    assert rig.sent[-1].order.kind == Kind.POSITION
+
+
+async def test_commands_that_wait_for_the_disk_end_with_the_gateway(rig: Rig) -> None:
+    with locked(rig):
+        await rig.commander.handle([rig.record("move")])
+        rig.commander.interrupt_all()
+    assert (await rig.final("move"))[:2] == (State.FAILED, Reason.INTERRUPTED)
+    assert not rig.sent
 
 
 async def test_motion_that_is_stopped_while_it_is_written_down_is_never_sent(rig: Rig) -> None:
-    await rig.commander.handle([rig.record("move"), rig.record("stop", kind="stop")])
+    await rig.handle([rig.record("move"), rig.record("stop", kind="stop")])
     assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP]
     assert await rig.final("move") == (State.SUPERSEDED, Reason.NEWER_COMMAND, "by 'stop'")
 
 
 async def test_inbox_is_written_down_with_every_record_good_or_bad(rig: Rig) -> None:
     bad = Incoming(b"junk", "local", 0, 3)
-    await rig.commander.handle([rig.record("a"), bad])
+    await rig.handle([rig.record("a"), bad])
     await rig.writer.durable()
     assert rig.reader.inbox("local") == {0: 3}
     await rig.give("a")  # a duplicate
@@ -335,7 +387,7 @@ async def test_clock_that_is_a_little_fast_is_no_skew(rig: Rig) -> None:
 
 @pytest.mark.parametrize("raw", [b"", b"junk", b"\xff\xfe", b"[" * 60_000, b'{"motor": "joint1"}', b'{"id": 5}'])
 async def test_record_without_an_id_becomes_an_event_with_its_place(rig: Rig, raw: bytes) -> None:
-    await rig.commander.handle([Incoming(raw, "local", 0, 8)])
+    await rig.handle([Incoming(raw, "local", 0, 8)])
     await rig.writer.durable()
     (entry,) = rig.reader.entries(0, 10)
     event = json.loads(entry.value)
@@ -387,7 +439,7 @@ async def duplicates(rig: Rig, command_id: str) -> list[Outcome]:
 
 async def test_id_is_good_once_in_a_batch_later_and_after_a_restart(tmp_path: Path) -> None:
     async with running(tmp_path) as rig:
-        await rig.commander.handle([rig.record("a", kind="enable"), rig.record("a", kind="enable")])
+        await rig.handle([rig.record("a", kind="enable"), rig.record("a", kind="enable")])
         await rig.give("a", kind="enable")
         assert len(rig.sent) == 1
         assert len(await duplicates(rig, "a")) == 2

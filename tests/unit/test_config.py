@@ -428,7 +428,7 @@ def test_a_can_identifier_with_two_meanings_is_reported(first: str, second: str,
     ("first", "second"),
     [
         (DAMIAO + "id = 1\nmaster_id = 0", DAMIAO + "id = 2\nmaster_id = 0"),
-        (CANOPEN + "id = 1", CANOPEN + "id = 127"),
+        (CANOPEN + "id = 1", CANOPEN + "id = 126"),
         (RMD_X + "id = 1", RMD_X + "id = 32"),
         (RMD_X + "id = 1", CANOPEN + "id = 64"),
         (DAMIAO + "id = 1", CANOPEN + "id = 2"),
@@ -563,6 +563,22 @@ def test_a_motor_must_not_be_late_before_its_next_reply_is_due(append: str) -> N
 
 def test_a_slow_bus_is_good_with_patience() -> None:
     loads(changed(('"arm1"', '"arm1"\nlate_after_ms = 100.1'), ("rate_hz = 100", "rate_hz = 10")), "arm.toml")
+
+
+def test_a_motors_watchdog_must_outlast_three_periods_of_its_bus() -> None:
+    arm = '"arm1"\nlate_after_ms = 400\noffline_after_ms = 900'
+    slow = changed(('"arm1"', arm), ("rate_hz = 100", "rate_hz = 5"))
+    assert faults(slow) == [
+        '11: bus[0] "can0" rate_hz = 5: 3 periods are 600 ms, and arm.motor_watchdog_ms is 500; '
+        "set that above 600 (0: none), or rate_hz above 6: damiao would stop by themselves"
+    ]
+    for value in (0, 601):
+        loads(slow.replace('"arm1"', f'"arm1"\nmotor_watchdog_ms = {value}'), "arm.toml")
+
+
+def test_a_bus_without_watchdogs_may_be_as_slow_as_it_likes() -> None:
+    slow = ("rate_hz = 200.5", "rate_hz = 5")
+    loads(changed(('"arm1"', '"arm1"\nlate_after_ms = 400\noffline_after_ms = 900'), slow), "arm.toml")
 
 
 # --- files that are no configuration ---------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The cycle of one bus, on simulated motors and a clock that passes when somebody reads it or waits."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import nan
 from typing import Any, ClassVar
 
@@ -10,19 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drivers import cycle as cycle_module
+from drivers import orders as orders_module
 from drivers import protocols
+from drivers import turns as turns_module
 from drivers.buses import memory as memory_module
 from drivers.buses.memory import MemoryBus
 from drivers.clock import MS, MonotonicNs
-from drivers.cycle import ORDER_TRIES, ORDERS_PER_MOTOR, Cycle, Ticket, Timing
+from drivers.cycle import ALL, Cycle, Ticket, Timing
 from drivers.errors import BusError, MotorRefused
-from drivers.family import Exchange, Family, Overheard, Procedure
+from drivers.family import Exchange, Family, Overheard, Procedure, Ready
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
 from drivers.notices import AnyNotice, MotorLate, MotorOffline, MotorOnline, MotorStopped, OrderDone, OrderFailed
+from drivers.orders import ORDER_TRIES, ORDERS_PER_MOTOR
 from drivers.sim.build import SimulationSettings, build_bus
 from drivers.sim.bus import SimulatedBus
 from drivers.sim.responder import Responder, SimulatedMotor
 from drivers.sim.servo import Servo
+from drivers.sim.spread import GoalTimes
 from tests.memory_loop import make_motor
 
 STILL = SimulationSettings(motion="still", enabled=True)
@@ -51,7 +56,7 @@ def clock() -> Iterator[Clock]:
 def make_clock() -> Iterator[Clock]:
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cycle_module, memory_module):
+        for module in (cycle_module, orders_module, turns_module, memory_module):
             patch.setattr(module, "monotonic_ns", clock.monotonic_ns)
         patch.setattr(memory_module, "sleep_until", clock.sleep_until)
         yield clock
@@ -76,6 +81,7 @@ class Rig:
         self.cycle.attach(self.bus)
         self.notices: list[AnyNotice] = []
         self._numbers = 0
+        self._groups = 0
 
     def motor(self, index: int) -> SimulatedMotor:
         return next(motor for motor in self.simulated.motors if motor.motor.index == index)
@@ -107,12 +113,29 @@ class Rig:
                 return
         raise AssertionError(self.notices)
 
-    def submit(self, kind: Kind, motor: int = 0, value: float = nan, expires_in_ms: float = 1000) -> int:
+    def submit(
+        self,
+        kind: Kind,
+        motor: int = 0,
+        value: float = nan,
+        expires_in_ms: float = 1000,
+        group: int = 0,
+        size: int = 1,
+        not_before_ns: int = 0,
+    ) -> int:
         self._numbers += 1
         order = Order(kind, value, 1.0)
         expires_ns = self.clock.now_ns + round(expires_in_ms * MS)
-        self.cycle.submit(Ticket(self._numbers, motor, order, expires_ns))
+        self.cycle.submit(Ticket(self._numbers, motor, order, expires_ns, group, size, not_before_ns))
         return self._numbers
+
+    def submit_group(self, values: Mapping[int, float], kind: Kind = Kind.POSITION, **more: Any) -> list[int]:
+        """Setpoints of several motors, to be fired together."""
+        self._groups += 1
+        return [
+            self.submit(kind, motor, value, group=self._groups, size=len(values), **more)
+            for motor, value in values.items()
+        ]
 
     def of(self, kind: type[AnyNotice]) -> list[Any]:
         return [notice for notice in self.notices if isinstance(notice, kind)]
@@ -136,8 +159,11 @@ def make_rig(
     count: int = 3,
     period_ns: int = 10 * MS,
     settings: SimulationSettings = STILL,
+    watchdog_ns: int = 0,
 ) -> Rig:
-    motors = [make_motor(family, bus_id, bus_id - 1) for bus_id in range(1, count + 1)]
+    motors = [
+        replace(make_motor(family, bus_id, bus_id - 1), watchdog_ns=watchdog_ns) for bus_id in range(1, count + 1)
+    ]
     bus = build_bus(motors, settings, MonotonicNs(clock.now_ns))
     return Rig(clock, bus, [protocols.load(family)(motors)], period_ns)
 
@@ -163,6 +189,9 @@ class Plain(Family[bytes, int]):
         super().__init__(motors)
         self.told = Feedback(0.0, 0.0, 25.0)
         self.orders: list[Order] = []
+        self.fired: list[list[int]] = []
+        self.halts: list[list[int]] = []
+        self.unfit: dict[int, str] = {}  # why a motor cannot be prepared
         self.begun = 0
 
     @classmethod
@@ -213,6 +242,35 @@ class Plain(Family[bytes, int]):
             if not (yield self._ask(bus_id, ORDER)):
                 raise MotorRefused("no_reply", "kept silent")
         return "ok"
+
+    def prepare(self, bus_id: int, order: Order) -> Procedure[bytes, int, Ready]:
+        for _ in range(self.steps):
+            if not (yield self._ask(bus_id, REFRESH)):
+                raise MotorRefused("no_reply", "kept silent")
+        if bus_id in self.unfit:
+            raise MotorRefused("not_enabled", self.unfit[bus_id])
+        return Ready(order, f"{order.value}")
+
+    def fire(self, ready: Mapping[int, Ready]) -> Exchange[bytes, int]:
+        self.fired.append([*ready])
+        self.orders += [one.trigger for one in ready.values()]
+        return self._ask_all([*ready], ORDER)
+
+    def confirm(self, bus_id: int, ready: Ready, reply: int | None) -> Procedure[bytes, int, str]:
+        if reply is None:
+            raise MotorRefused("no_reply", "kept silent when it was fired")
+        yield from ()
+        return ready.told
+
+    def halt(self, bus_ids: Iterable[int]) -> Exchange[bytes, int]:
+        self.halts.append([*bus_ids])
+        return self._ask_all(self.halts[-1], ORDER)
+
+    def _ask_all(self, bus_ids: Sequence[int], what: int) -> Exchange[bytes, int]:
+        def match(packet: int) -> tuple[int, int] | None:
+            return (packet & 0x3F, packet) if packet & 0xC0 == what else None
+
+        return Exchange([bytes(bus_id | what for bus_id in bus_ids)], frozenset(bus_ids), match)
 
 
 class PlainMotors(Responder[bytes]):
@@ -527,6 +585,28 @@ def test_bus_that_goes_in_the_middle_of_an_order_leaves_its_effect_unknown(clock
     assert rig.reason(after) == "motor_offline"
 
 
+class Unplugging(Plain):
+    """Its bus vanishes when an order is sent."""
+
+    bus: ClassVar[MemoryBus[bytes]]
+
+    def order(self, bus_id: int, order: Order) -> Procedure[bytes, int, str]:
+        exchange = self._ask(bus_id, ORDER)
+        yield Exchange(exchange.requests, exchange.expects, exchange.match, self.bus.unplug)
+        return "ok"
+
+
+def test_order_whose_sending_finds_the_bus_gone_is_interrupted(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock, family=Unplugging)
+    rig.connect()
+    Unplugging.bus = rig.bus
+    ticket = rig.submit(Kind.ENABLE, 0)
+    with pytest.raises(BusError):
+        rig.period()
+    rig.cycle.give_up("adapter gone")
+    assert rig.reason(ticket) == "interrupted"
+
+
 # --- orders -----------------------------------------------------------------------------------------------------------
 
 
@@ -682,9 +762,15 @@ def test_orders_of_a_motor_are_carried_out_in_their_order(clock: Clock) -> None:
 
 STEP = st.one_of(
     st.tuples(
-        st.just("order"), st.integers(0, 3), st.sampled_from(sorted(Kind)), st.sampled_from([-1.0, 0.5, 8.0, 500.0])
+        st.just("order"), st.integers(-1, 3), st.sampled_from(sorted(Kind)), st.sampled_from([-1.0, 0.5, 8.0, 500.0])
     ),
     st.tuples(st.just("order"), st.integers(0, 1), st.just(Kind.POSITION), st.just(500.0)),
+    st.tuples(
+        st.just("group"),
+        st.integers(1, 4),
+        st.sampled_from([Kind.POSITION, Kind.VELOCITY]),
+        st.sampled_from([0.0, 25.0, 600.0]),
+    ),
     st.tuples(st.just("silent"), st.integers(0, 2), st.just(Kind.STOP), st.just(0.0)),
     st.tuples(st.just("delay"), st.integers(0, 2), st.just(Kind.STOP), st.sampled_from([0.0, 3.0, 9.0, 15.0])),
     st.tuples(st.just("run"), st.just(0), st.just(Kind.STOP), st.sampled_from([1.0, 30.0, 400.0])),
@@ -696,6 +782,9 @@ def play(rig: Rig, what: str, motor: int, kind: Kind, number: float) -> None:
     match what:
         case "order":
             rig.submit(kind, motor, 0.1, number)
+        case "group":  # of four there is one too many
+            moment_ns = rig.clock.now_ns + round(number * MS)
+            rig.submit_group(dict.fromkeys(range(motor), 0.1), kind, expires_in_ms=500, not_before_ns=moment_ns)
         case "silent":
             rig.motor(motor).faults.silent = not rig.motor(motor).faults.silent
         case "delay":
@@ -943,6 +1032,370 @@ def test_stop_breaks_off_what_its_motor_is_being_told(clock: Clock) -> None:
     assert rig.reason(enable) == "newer_command"
     rig.run(200)
     assert isinstance(rig.end_of(stop), OrderDone)
+
+
+# --- the motors' own watchdogs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [name for name in protocols.family_names() if protocols.load(name).watchdog])
+def test_motors_run_while_the_cycle_does_and_stop_when_it_stalls(clock: Clock, family: str) -> None:
+    settings = SimulationSettings(motion="still", enabled=False)
+    rig = make_rig(clock, family, settings=settings, watchdog_ns=500 * MS)
+    rig.connect()
+    for kind in (Kind.ENABLE, Kind.POSITION):
+        tickets = [rig.submit(kind, motor, 0.5) for motor in (0, 1, 2)]
+        rig.run(1500)
+        assert ends(rig, tickets) == ["done"] * 3
+    assert all(motor.servo.position_rad == pytest.approx(0.5, abs=0.01) for motor in rig.simulated.motors)
+    assert rig.of(MotorOffline) == []
+    rig.submit(Kind.POSITION, 0, -3.0)
+    rig.run(100)
+    for _ in range(60):
+        clock.sleep_until(clock.now_ns + 20 * MS)
+        rig.simulated.advance(MonotonicNs(clock.now_ns))
+    stopped_rad = rig.motor(0).servo.position_rad
+    rig.run(2000)
+    assert rig.motor(0).servo.position_rad == pytest.approx(stopped_rad, abs=0.05)
+    assert sorted(rig.period()) == [0, 1, 2]  # monitored again
+    assert ends(rig, [rig.submit(Kind.POSITION, 0, 0.0)]) == [""]
+    rig.run(100)
+    if Kind.CLEAR_FAULT in protocols.load(family).kinds:
+        rig.submit(Kind.CLEAR_FAULT, 0)
+    enable = rig.submit(Kind.ENABLE, 0)
+    rig.run(500)
+    assert ends(rig, [enable]) == ["done"]
+
+
+# --- setpoints of a group ---------------------------------------------------------------------------------------------
+
+GOALS = {0: 0.1, 1: 0.2, 2: 0.3}
+
+
+def ends(rig: Rig, tickets: Sequence[int]) -> list[str]:
+    """ "done", or the reason, of each."""
+    found = [rig.end_of(ticket) for ticket in tickets]
+    return ["" if end is None else end.reason if isinstance(end, OrderFailed) else "done" for end in found]
+
+
+def test_group_is_fired_in_one_exchange_when_all_of_it_is_prepared(clock: Clock) -> None:
+    rig, (motors,) = make_plain_rig(clock, steps=4)
+    rig.connect()
+    for motor in rig.simulated.motors:
+        motor.faults.delay_ms = 2
+    tickets = rig.submit_group(GOALS)
+    rig.run(10)
+    assert plain(rig).fired == []
+    rig.run(200)
+    assert ends(rig, tickets) == ["done"] * 3
+    assert plain(rig).fired == [[1, 2, 3]]
+    assert motors.asked[ORDER] == 3
+
+
+def test_group_waits_until_it_is_complete(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    first, second = rig.submit(Kind.POSITION, 0, group=7, size=3), rig.submit(Kind.POSITION, 1, group=7, size=3)
+    other = rig.submit(Kind.ENABLE, 2)
+    rig.run(50)
+    assert ends(rig, [first, second, other]) == ["", "", "done"]
+    third = rig.submit(Kind.POSITION, 2, group=7, size=3)
+    rig.run(50)
+    assert ends(rig, [first, second, third]) == ["done"] * 3
+
+
+def test_group_that_stays_incomplete_is_stale_and_fires_nothing(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    tickets = [rig.submit(Kind.POSITION, motor, expires_in_ms=50, group=7, size=3) for motor in (0, 1)]
+    rig.run(100)
+    assert ends(rig, tickets) == ["stale"] * 2
+    assert plain(rig).fired == []
+
+
+def test_group_of_which_one_refuses_to_be_prepared_fires_nothing_and_says_which(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    plain(rig).unfit[2] = "torque is off"
+    tickets = rig.submit_group(GOALS)
+    rig.run(100)
+    assert ends(rig, tickets) == ["not_enabled"] * 3
+    assert plain(rig).fired == []
+    assert {n.detail for n in rig.of(OrderFailed)} == {"torque is off", "joint2 of its group: torque is off"}
+
+
+def test_group_of_which_one_is_offline_fires_nothing(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.motor(1).faults.silent = True
+    rig.run(500)
+    tickets = rig.submit_group(GOALS)
+    rig.run(100)
+    assert ends(rig, tickets) == ["motor_offline"] * 3
+    assert plain(rig).fired == []
+
+
+@pytest.mark.parametrize("kind", [Kind.STOP, Kind.POSITION])
+def test_group_that_waits_gives_way_as_a_whole_to_what_overtakes_one_of_it(clock: Clock, kind: Kind) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    tickets = [rig.submit(Kind.POSITION, motor, group=7, size=3) for motor in (0, 1)]
+    rig.run(20)
+    newer = rig.submit(kind, 1)
+    rig.run(50)
+    assert ends(rig, [*tickets, newer]) == ["newer_command", "newer_command", "done"]
+    assert plain(rig).fired == []
+
+
+def test_stop_breaks_off_a_group_that_waits_for_its_moment(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    tickets = rig.submit_group(GOALS, not_before_ns=clock.now_ns + 200 * MS)
+    rig.run(100)
+    stop = rig.submit(Kind.STOP, 1)
+    rig.run(300)
+    assert ends(rig, [*tickets, stop]) == ["newer_command"] * 3 + ["done"]
+    assert plain(rig).fired == []
+
+
+class Timed(Plain):
+    """Notes when it is fired."""
+
+    clock: ClassVar[Clock]
+
+    def fire(self, ready: Mapping[int, Ready]) -> Exchange[bytes, int]:
+        exchange = super().fire(ready)
+
+        def begin() -> None:
+            self.fired_ns = self.clock.now_ns
+
+        return Exchange(exchange.requests, exchange.expects, exchange.match, begin)
+
+
+@pytest.mark.parametrize("after_us", [15_000, 31_000, 49_900, 52_300, 59_990])
+def test_group_is_fired_at_its_moment_wherever_that_lies_in_a_period(clock: Clock, after_us: int) -> None:
+    rig, _ = make_plain_rig(clock, family=Timed)
+    rig.connect()
+    Timed.clock = clock
+    family = rig.families[0]
+    assert isinstance(family, Timed)
+    moment_ns = clock.now_ns + after_us * 1000
+    tickets = rig.submit_group(GOALS, not_before_ns=moment_ns)
+    rig.run(100)
+    assert ends(rig, tickets) == ["done"] * 3
+    late_ns = family.fired_ns - moment_ns
+    assert 0 <= late_ns < 0.6 * MS  # Rig, as a worker, leaves the last twentieth of a period alone
+
+
+def test_group_whose_moment_comes_after_its_time_is_stale(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    tickets = rig.submit_group(GOALS, expires_in_ms=100, not_before_ns=clock.now_ns + 200 * MS)
+    rig.run(300)
+    assert ends(rig, tickets) == ["stale"] * 3
+    assert plain(rig).fired == []
+
+
+def test_motor_that_did_not_hear_its_group_is_told_again_alone(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    tickets = rig.submit_group(GOALS, not_before_ns=clock.now_ns + 45 * MS)
+    rig.run(40)
+    rig.motor(1).faults.silent = True
+    while not plain(rig).fired:
+        rig.period()
+    rig.motor(1).faults.silent = False
+    rig.run(50)
+    assert ends(rig, tickets) == ["done"] * 3
+    assert plain(rig).fired == [[1, 2, 3]]
+    assert len(plain(rig).orders) == 4
+
+
+def test_group_of_two_families_is_fired_as_one(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock, [(1, 2), (3,)])
+    rig.connect()
+    tickets = rig.submit_group(GOALS)
+    rig.run(100)
+    assert ends(rig, tickets) == ["done"] * 3
+    assert [family.fired for family in rig.families if isinstance(family, Plain)] == [[[1, 2]], [[3]]]
+
+
+def test_group_of_velocities_is_stopped_when_nothing_follows(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.submit_group(GOALS, Kind.VELOCITY)
+    rig.run(1500)
+    assert sorted(notice.motor for notice in rig.of(MotorStopped)) == [0, 1, 2]
+
+
+def test_group_takes_setpoints_only(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    assert ends(rig, rig.submit_group(GOALS, Kind.ENABLE)) == ["unsupported"] * 3
+
+
+@pytest.mark.parametrize(
+    ("family", "most_us"), [("feetech_sts", 0), ("dynamixel2", 0), ("damiao", 600), ("rmd_x", 300), ("cia402", 0)]
+)
+def test_motors_of_a_group_take_their_goals_as_close_together_as_the_wire_allows(
+    clock: Clock, family: str, most_us: int
+) -> None:
+    """A burst on CAN is as long as its frames; Damiao's replies outrank its commands, and go in between."""
+    rig = make_rig(clock, family, settings=SimulationSettings(motion="still", enabled=False, bits_per_s=1_000_000))
+    rig.connect()
+    enabled = [rig.submit(Kind.ENABLE, motor) for motor in GOALS]
+    rig.run(600)
+    assert ends(rig, enabled) == ["done"] * 3
+    times = GoalTimes(rig.simulated)
+    tickets = rig.submit_group(GOALS)
+    rig.run(300)
+    assert ends(rig, tickets) == ["done"] * 3
+    assert sorted(times.at_ns) == [0, 1, 2]
+    assert times.spread_ns <= most_us * 1000
+
+
+# --- emergency stop ---------------------------------------------------------------------------------------------------
+
+
+def test_estop_goes_ahead_of_everything_and_is_done_when_every_motor_has_stopped(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock, steps=3)
+    rig.connect()
+    orders = [rig.submit(Kind.ENABLE, motor) for motor in (0, 1, 2) for _ in range(3)]
+    estop = rig.submit(Kind.ESTOP, ALL)
+    rig.period()
+    assert ends(rig, orders) == ["estop_latched"] * 9
+    assert plain(rig).halts[0] == [1, 2, 3]
+    rig.run(50)
+    end = rig.end_of(estop)
+    assert isinstance(end, OrderDone)
+    assert (end.motor, end.detail) == (ALL, "latched; 3 stopped")
+    assert [order.kind for order in plain(rig).orders] == [Kind.STOP] * 3
+    halts = len(plain(rig).halts)
+    rig.run(100)
+    assert len(plain(rig).halts) == halts
+
+
+def test_estop_is_sent_at_once_on_a_bus_without_slack(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock, period_ns=2 * MS)
+    rig.motor(0).faults.delay_ms = 1.3
+    rig.connect()
+    start = MonotonicNs(clock.now_ns)
+    rig.cycle.poll(start)
+    rig.submit(Kind.ESTOP, ALL)
+    rig.cycle.work(MonotonicNs(clock.now_ns))  # no time left
+    assert plain(rig).halts[0] == [1, 2, 3]
+
+
+def test_estop_breaks_off_what_motors_are_being_told_and_groups_that_wait(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock, family=Patient, steps=3)
+    rig.connect()
+    rig.motor(0).faults.delay_ms = 34
+    slow = rig.submit(Kind.ENABLE, 0)
+    waiting = [rig.submit(Kind.POSITION, motor, group=7, size=3) for motor in (1, 2)]
+    rig.run(20)
+    estop = rig.submit(Kind.ESTOP, ALL)
+    assert ends(rig, [slow, *waiting]) == ["estop_latched"] * 3
+    rig.run(400)
+    assert ends(rig, [estop]) == ["done"]
+    assert Kind.POSITION not in {order.kind for order in plain(rig).orders}
+
+
+def test_estop_is_repeated_until_a_motor_acknowledges_it(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.motor(1).faults.silent = True
+    estop = rig.submit(Kind.ESTOP, ALL)
+    rig.run(100)
+    assert ends(rig, [estop]) == [""]
+    assert plain(rig).halts[-1] == [2]
+    assert 5 <= len(plain(rig).halts) <= 12
+    rig.motor(1).faults.silent = False
+    rig.run(100)
+    assert ends(rig, [estop]) == ["done"]
+
+
+def test_estop_does_not_wait_for_a_motor_that_is_offline(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.motor(1).faults.silent = True
+    estop = rig.submit(Kind.ESTOP, ALL)
+    rig.run(600)
+    end = rig.end_of(estop)
+    assert isinstance(end, OrderDone)
+    assert end.detail == "latched; 2 stopped; offline: joint2"
+
+
+def test_latched_motor_takes_nothing_but_stops_until_the_stop_is_reset(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.submit(Kind.ESTOP, ALL)
+    rig.run(50)
+    assert rig.cycle.latched == {0, 1, 2}
+    refused = [Kind.ENABLE, Kind.POSITION, Kind.VELOCITY, Kind.TORQUE, Kind.CLEAR_FAULT]
+    assert ends(rig, [rig.submit(kind, 0, 0.5) for kind in refused]) == ["estop_latched"] * 5
+    taken = [rig.submit(Kind.STOP, 0), rig.submit(Kind.DISABLE, 1), rig.submit(Kind.ESTOP, ALL)]
+    rig.run(50)
+    assert ends(rig, taken) == ["done"] * 3
+    reset = rig.submit(Kind.RESET_ESTOP, ALL)
+    enable = rig.submit(Kind.ENABLE, 0)
+    rig.run(50)
+    assert ends(rig, [reset, enable]) == ["done"] * 2
+
+
+def test_estop_of_one_motor_leaves_the_others_alone(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    estop, other = rig.submit(Kind.ESTOP, 1), rig.submit(Kind.ENABLE, 0)
+    rig.run(50)
+    assert ends(rig, [estop, other]) == ["done"] * 2
+    assert rig.cycle.latched == {1}
+    assert plain(rig).halts[0] == [2]
+
+
+def test_motor_that_comes_online_while_latched_is_stopped_too(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.motor(1).faults.silent = True
+    rig.run(300)
+    rig.submit(Kind.ESTOP, ALL)
+    rig.run(100)
+    plain(rig).halts.clear()
+    plain(rig).orders.clear()
+    rig.motor(1).faults.silent = False
+    rig.run(1000)
+    assert plain(rig).halts[0] == [2]
+    assert [order.kind for order in plain(rig).orders] == [Kind.STOP]
+
+
+def test_latch_outlasts_the_bus(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.bus.unplug()
+    rig.cycle.give_up("adapter gone")
+    estop = rig.submit(Kind.ESTOP, ALL)
+    assert ends(rig, [estop]) == ["done"]
+    rig.cycle.give_up("adapter gone")
+    rig.bus = MemoryBus(rig.simulated)
+    rig.cycle.attach(rig.bus)
+    rig.run(1000)
+    assert sorted(bus_id for halt in plain(rig).halts for bus_id in set(halt)) == [1, 2, 3]
+    assert ends(rig, [rig.submit(Kind.ENABLE, 0)]) == ["estop_latched"]
+
+
+@pytest.mark.parametrize("family", ["feetech_sts", "dynamixel2", "damiao", "rmd_x", "cia402"])
+def test_estop_stops_moving_motors_of_every_family(clock: Clock, family: str) -> None:
+    rig = make_rig(clock, family, settings=SimulationSettings(motion="still", enabled=False))
+    rig.connect()
+    for kind in (Kind.ENABLE, Kind.POSITION):
+        tickets = [rig.submit(kind, motor, 2.0) for motor in GOALS]
+        rig.run(500)
+        assert ends(rig, tickets) == ["done"] * 3
+    estop = rig.submit(Kind.ESTOP, ALL)
+    rig.period()
+    rig.run(400)
+    stopped = [motor.servo.position_rad for motor in rig.simulated.motors]
+    assert ends(rig, [estop]) == ["done"]
+    rig.run(500)
+    assert [motor.servo.position_rad for motor in rig.simulated.motors] == pytest.approx(stopped, abs=0.01)
+    assert all(0.1 < position < 1.5 for position in stopped)
 
 
 # --- polls that every motor answers -----------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drivers.clock import MS
 from drivers.errors import MotorRefused
 from drivers.family import CanFrame, run_with_replies
 from drivers.motor import Kind, Order, Status
+from drivers.protocols import damiao
 from drivers.protocols.damiao import (
     KD_MAX,
     KP_MAX,
@@ -375,11 +377,45 @@ def test_mode_whose_change_was_not_confirmed_is_set_again_by_the_next_order() ->
     loop.order(1, Order(Kind.ENABLE))
     change = loop.family.order(1, Order(Kind.VELOCITY, 0.5))
     change.send({1: loop.exchange(next(change))[1]})
-    with pytest.raises(MotorRefused, match=r"no reply to CTRL_MODE \(register 10\) := 3"):
+    change.send({})  # neither the change of mode nor the setpoint behind it is answered
+    with pytest.raises(MotorRefused, match="no reply to a read of CTRL_MODE"):
         change.send({})
     loop.sent.clear()
     loop.order(1, Order(Kind.POSITION, 0.5, 1.0))
     assert "7FF#0100330A00000000" in [str(frame) for frame in loop.sent]
+
+
+def make_guarded() -> Loop:
+    loop = Loop([replace(make_motor("damiao", 1), watchdog_ns=500 * MS)])
+    assert loop.connect(1) is not None
+    loop.sent.clear()
+    return loop
+
+
+def test_timeout_is_written_in_units_of_50_us_and_never_saved() -> None:
+    loop = make_guarded()
+    loop.order(1, Order(Kind.ENABLE))
+    sent = [str(frame) for frame in loop.sent]
+    assert "7FF#0100550910270000" in sent
+    assert not any(frame.startswith("7FF#0100AA") for frame in sent)
+    assert sent.index("7FF#0100550910270000") < sent.index("001#FFFFFFFFFFFFFFFC")
+
+
+def test_motor_whose_timeout_cannot_be_set_is_not_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = make_guarded()
+    monkeypatch.setattr(damiao, "_READ_ONLY", damiao._READ_ONLY | {Rid.TIMEOUT})
+    refusal = loop.refusal(1, Order(Kind.ENABLE))
+    assert refusal.detail == "its watchdog cannot be armed, TIMEOUT (register 9): sent 10000, read 0"
+    assert not loop.servo(1).enabled
+
+
+def test_halt_is_one_burst_that_suits_each_motors_mode() -> None:
+    loop = make_loop(1, 2, 3, 4)
+    for bus_id, kind in ((1, Kind.POSITION), (2, Kind.VELOCITY), (3, Kind.TORQUE)):
+        loop.order(bus_id, Order(Kind.ENABLE))
+        loop.order(bus_id, Order(kind, 0.0, 0.0))
+    loop.poll(1, 2, 3, 4)
+    assert [frame.can_id for frame in loop.family.halt([1, 2, 3, 4]).requests] == [0x101, 0x202, 0x7FF, 0x103]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Dynamixel 2.0: packets on the wire, the gateway's decisions, the simulated servos' registers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import inf, isnan, nan, pi
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drivers.clock import MonotonicNs
+from drivers.clock import MS, MonotonicNs
 from drivers.errors import MotorRefused
 from drivers.family import Exchange, run_with_replies
 from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
@@ -393,9 +394,9 @@ def refresh(loop: Loop, bus_id: int) -> bool:
 
 def test_every_block_that_is_read_has_a_length_of_its_own() -> None:
     sizes = [IDENTITY.size, CONTROL.size, FEEDBACK.size, GOALS.size, STATE.size, 0]
-    assert sizes == [3, 7, 21, 22, 127, 0]
+    assert sizes == [3, 35, 21, 22, 127, 0]
     assert [str(block) for block in (CONTROL, FEEDBACK, GOALS, STATE)] == [
-        "registers 64..70",
+        "registers 64..98",
         "registers 126..146",
         "registers 98..119",
         "registers 9..135",
@@ -616,7 +617,7 @@ def test_every_bit_of_the_hardware_error_has_its_common_one() -> None:
         poll_reply(family, bytes(FEEDBACK.size), error=ALERT)
         read = family.refresh(1)
         assert read is not None
-        run_with_replies(read, [{1: Packet(1, Instruction.STATUS, CONTROL.layout.pack(0, 2, bit), ALERT)}])
+        run_with_replies(read, [{1: Packet(1, Instruction.STATUS, CONTROL.layout.pack(0, bit, 0), ALERT)}])
         told = poll_reply(family, bytes(FEEDBACK.size), error=ALERT)
         assert (told.status & Status.faults(), told.vendor_error) == (common, bit)
         assert poll_reply(family, bytes(FEEDBACK.size)).status == 0
@@ -655,7 +656,7 @@ def test_fault_whose_cause_is_still_there_is_not_cleared() -> None:
 
 
 def test_servo_that_stays_away_after_its_reboot_is_done_if_it_acknowledged() -> None:
-    error = Packet(1, Instruction.STATUS, CONTROL.layout.pack(0, 2, 4), ALERT)
+    error = Packet(1, Instruction.STATUS, CONTROL.layout.pack(0, 4, 0), ALERT)
     acknowledgement = Packet(1, Instruction.STATUS, b"", ALERT)
     family = make_family(1)
     done = run_with_replies(family.order(1, Order(Kind.CLEAR_FAULT)), [{1: error}, {1: acknowledgement}, *[{}] * 20])
@@ -681,12 +682,16 @@ def test_expired_watchdog_is_named_where_goals_would_fail() -> None:
     loop.wait(0.5)
     stopped_rad = loop.servo(1).position_rad
     assert stopped_rad < 1
-    for kind in (Kind.POSITION, Kind.ENABLE):
-        assert "bus watchdog (register 98) has expired" in loop.refusal(1, Order(kind, 0.1, 1.0)).detail
+    assert "bus watchdog (register 98) has expired" in loop.refusal(1, Order(Kind.POSITION, 0.1, 1.0)).detail
     assert loop.order(1, Order(Kind.STOP)) == "its bus watchdog has stopped it already"
     (reply,) = poke(loop, 1, Register.GOAL_POSITION, i32(2048))
     assert reply.error == Error.RANGE
-    poke(loop, 1, Register.BUS_WATCHDOG, b"\x00")
+    assert refresh(loop, 1)
+    assert loop.poll(1)[1].status & Status.FAULT_COMMUNICATION
+    stopped_rad = loop.servo(1).position_rad
+    loop.order(1, Order(Kind.ENABLE))
+    loop.wait(1)
+    assert loop.servo(1).position_rad == pytest.approx(stopped_rad, abs=0.002)
     loop.order(1, Order(Kind.POSITION, 0.1, 5.0))
     loop.wait(1)
     assert loop.servo(1).position_rad == pytest.approx(0.1, abs=0.002)
@@ -698,6 +703,40 @@ def test_torque_that_another_master_switched_off_is_noticed_by_refresh() -> None
     poke(loop, 1, Register.TORQUE_ENABLE, b"\x00")
     assert refresh(loop, 1)
     assert not loop.poll(1)[1].status & Status.ENABLED
+
+
+def test_halt_is_the_manuals_sync_write() -> None:
+    """Goals of two servos, byte for byte (ROBOTIS e-Manual, Protocol 2.0, sync write)."""
+    loop = make_loop(1, 2)
+    for bus_id, raw in ((1, 150), (2, 170)):
+        loop.servo(bus_id).position_rad = loop.servo(bus_id).goal_rad = decode_position(raw)
+        loop.order(bus_id, Order(Kind.ENABLE))
+    loop.poll(1, 2)
+    golden = bytes.fromhex("FFFFFD00 FE 1100 83 74000400 0196000000 02AA000000 8287")
+    assert list(loop.family.halt([1, 2]).requests) == [golden]
+
+
+@pytest.mark.parametrize(("watchdog_ms", "raw"), [(1, 1), (500, 25), (501, 26), (2500, 125), (5000, 127)])
+def test_bus_watchdog_is_armed_by_enable_rounded_up_to_20_ms(watchdog_ms: int, raw: int) -> None:
+    (motor,) = make_motors(1, options=Options())
+    loop = Loop([replace(motor, watchdog_ns=watchdog_ms * MS)], STILL)
+    loop.connect(1)
+    assert peek(loop, 1, Register.BUS_WATCHDOG, 1) == 0
+    loop.order(1, Order(Kind.ENABLE))
+    assert peek(loop, 1, Register.BUS_WATCHDOG, 1) == raw
+
+
+def test_clear_fault_takes_an_expired_watchdog_back_and_holds() -> None:
+    loop = make_loop(1)
+    loop.order(1, Order(Kind.ENABLE))
+    loop.order(1, Order(Kind.POSITION, 2.0, 1.0))
+    poke(loop, 1, Register.BUS_WATCHDOG, b"\x05")
+    loop.wait(0.5)
+    stopped_rad = loop.servo(1).position_rad
+    assert loop.order(1, Order(Kind.CLEAR_FAULT)).startswith("no fault, holding")
+    loop.wait(1)
+    assert loop.servo(1).position_rad == pytest.approx(stopped_rad, abs=0.02)
+    assert not loop.poll(1)[1].status & Status.faults()
 
 
 # --- the servos' side -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from drivers.motor import Kind, Order, Status
 from drivers.protocols.feetech_sts import (
     BROADCAST,
     FEEDBACK,
+    RAD_PER_STEP,
     SIGN_BIT,
     STATE,
     Decoder,
@@ -396,7 +397,7 @@ def test_write_that_did_not_take_is_refused_with_what_was_sent_and_read() -> Non
     family = FeetechSts([make_motor("feetech_sts", 1)])
     order = family.order(1, Order(Kind.POSITION, 0.0, 1.0))
     with pytest.raises(Exception, match="sent 2048 step at 651 step/s, read 7 step at 100 step/s"):
-        run_with_replies(order, [{1: make_state(5)}, {1: make_state(7)}])
+        run_with_replies(order, [{1: make_state(5)}, {}, {1: make_state(7)}])
 
 
 def test_torque_that_another_master_switched_off_is_noticed_by_refresh() -> None:
@@ -407,6 +408,35 @@ def test_torque_that_another_master_switched_off_is_noticed_by_refresh() -> None
     assert refresh is not None
     loop.run(refresh)
     assert not loop.poll(1)[1].status & Status.ENABLED
+
+
+def test_group_is_fired_by_the_manuals_sync_write() -> None:
+    """Goals of four servos, byte for byte (Feetech communication protocol manual)."""
+    loop = make_loop(1, 2, 3, 4)
+    ready = {}
+    for bus_id in (1, 2, 3, 4):
+        loop.order(bus_id, Order(Kind.ENABLE))
+        order = Order(Kind.POSITION, 0.0, velocity_rad_s=1000.5 * RAD_PER_STEP)
+        ready[bus_id] = loop.run(loop.family.prepare(bus_id, order))
+    exchange = loop.family.fire(ready)
+    goals = b"".join(bytes((bus_id,)) + bytes.fromhex("00080000E803") for bus_id in (1, 2, 3, 4))
+    assert list(exchange.requests) == [bytes.fromhex("FFFFFE20832A06") + goals + b"\x58"]
+
+
+def test_halt_holds_in_position_mode_and_takes_the_speed_away_in_the_other_all_in_one_packet() -> None:
+    loop = make_loop(1, 2, 3)
+    for bus_id, kind in ((1, Kind.POSITION), (2, Kind.VELOCITY)):
+        loop.order(bus_id, Order(Kind.ENABLE))
+        loop.order(bus_id, Order(kind, 0.5, 0.5))
+    loop.wait(0.5)
+    loop.poll(1, 2, 3)
+    (request,) = loop.family.halt([1, 2, 3]).requests  # nothing for the third: its torque is off
+    (packet,) = Decoder().feed(request)
+    assert packet.params[:2] == bytes((Register.GOAL_POSITION, 6))
+    first, second = packet.params[2:9], packet.params[9:]
+    assert (first[0], second[0]) == (1, 2)
+    assert int.from_bytes(first[1:3], "little") == encode_position(loop.servo(1).position_rad)
+    assert first[5:] != b"\0\0" == second[5:]
 
 
 # --- the servos' side -------------------------------------------------------------------------------------------------

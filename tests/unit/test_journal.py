@@ -5,7 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -20,11 +20,13 @@ from gateway.journal import (
     Batch,
     Changes,
     CommandState,
-    Entry,
     Journal,
+    JournalBroken,
     JournalError,
     JournalReader,
     Lost,
+    ProducerState,
+    Published,
     batches_after,
 )
 from gateway.stamp import Head
@@ -38,9 +40,9 @@ from gateway.journal import Changes, Journal
 from tests.gateway_parts import MOTORS, Numbering
 journal, numbering = Journal(Path(sys.argv[1]), "arm1", MOTORS, 1 << 30), Numbering()
 for number in range(1_000_000):
-    journal.commit(Changes(telemetry=numbering.records([0, 0, 1])))
+    journal.commit(Changes(batch=numbering.batch([0, 0, 1])))
     if number % 3 == 0:
-        journal.save_heads()
+        journal.commit(Changes(save_heads=True))
     print(number + 1, flush=True)
 """
 
@@ -59,7 +61,7 @@ def crash(path: Path) -> Path:
 
 
 def rows(journal: Journal) -> list[Batch]:
-    return list(batches_after(journal._db, 0))
+    return list(batches_after(journal.db, 0))
 
 
 def seqs(batches: list[Batch], partition: int) -> list[int]:
@@ -68,7 +70,7 @@ def seqs(batches: list[Batch], partition: int) -> list[int]:
 
 def fail_to_save_head_of(journal: Journal, partition: int) -> None:
     """From now on this journal cannot write down the head of ``partition``."""
-    journal._db.execute(
+    journal.db.execute(
         f"CREATE TEMP TRIGGER broken BEFORE INSERT ON main.heads WHEN NEW.partition = {partition} "
         "BEGIN SELECT RAISE(ABORT, 'disk I/O error'); END"
     )
@@ -104,10 +106,10 @@ def test_heads_after_a_crash_are_those_of_the_last_commit(
     numbering = Numbering()
     for number in range(5):
         if number == saved_after:
-            journal.save_heads()
-        journal.commit(Changes(telemetry=numbering.records([0, 1, 0] if number < 3 else [0])))
+            journal.commit(Changes(save_heads=True))
+        journal.commit(Changes(batch=numbering.batch([0, 1, 0] if number < 3 else [0])))
     if saved_after == 5:
-        journal.save_heads()
+        journal.commit(Changes(save_heads=True))
     with closing(open_journal(crash(path))) as found:
         assert found.heads == journal.heads == {0: Head(8, 8), 1: Head(3, 3)}
         assert found.stream == journal.stream
@@ -115,12 +117,12 @@ def test_heads_after_a_crash_are_those_of_the_last_commit(
 
 def test_crash_while_heads_are_saved_repeats_no_number(path: Path, journal: Journal) -> None:
     numbering = Numbering()
-    journal.commit(Changes(telemetry=numbering.records([0, 1])))
-    journal.save_heads()
-    journal.commit(Changes(telemetry=numbering.records([0, 1])))
+    journal.commit(Changes(batch=numbering.batch([0, 1])))
+    journal.commit(Changes(save_heads=True))
+    journal.commit(Changes(batch=numbering.batch([0, 1])))
     fail_to_save_head_of(journal, partition=1)
     with pytest.raises(sqlite3.Error, match="disk I/O"):
-        journal.save_heads()
+        journal.commit(Changes(save_heads=True))
     with closing(open_journal(crash(path))) as found:
         assert found.heads == {0: Head(2, 2), 1: Head(2, 2)}
 
@@ -128,8 +130,8 @@ def test_crash_while_heads_are_saved_repeats_no_number(path: Path, journal: Jour
 def test_commits_go_on_after_heads_could_not_be_saved(journal: Journal) -> None:
     fail_to_save_head_of(journal, partition=0)
     with pytest.raises(sqlite3.Error, match="disk I/O"):
-        journal.save_heads()
-    journal.commit(Changes(telemetry=Numbering().records([0])))
+        journal.commit(Changes(save_heads=True))
+    journal.commit(Changes(batch=Numbering().batch([0])))
     assert seqs(rows(journal), 0) == [1]
 
 
@@ -151,11 +153,12 @@ def test_killed_writer_loses_nothing_that_was_committed(path: Path, commits: int
 
 
 def test_commit_that_failed_wrote_nothing_and_is_good_again(journal: Journal, path: Path) -> None:
+    numbering = Numbering()
     changes = Changes(
-        telemetry=Numbering().records([0]), entries=[Entry("events", 0, "*", b"{}", 1)],
+        batch=numbering.batch([0]), entries=[numbering.entry()],
         commands=[CommandState("c", False, 1, "joint1")],
     )  # fmt: skip
-    journal._db.execute(
+    journal.db.execute(
         "CREATE TEMP TRIGGER broken BEFORE INSERT ON main.commands BEGIN SELECT RAISE(ABORT, 'disk full'); END"
     )
     with pytest.raises(sqlite3.Error, match="disk full"):
@@ -163,8 +166,9 @@ def test_commit_that_failed_wrote_nothing_and_is_good_again(journal: Journal, pa
     with closing(JournalReader(path)) as reader:
         assert reader.ends() == (0, 0)
         assert journal.heads[0] == Head(0, 0)
-        journal._db.execute("DROP TRIGGER broken")
-        assert journal.commit(changes) == 1
+        journal.db.execute("DROP TRIGGER broken")
+        journal.commit(changes)
+        assert (journal.row, journal.entry, journal.entry_heads) == (1, 1, {("events", 0): 1})
         assert reader.ends() == (1, 1)
         assert reader.command("c") == CommandState("c", False, 1, "joint1")
         assert journal.heads[0] == Head(1, 1)
@@ -172,8 +176,8 @@ def test_commit_that_failed_wrote_nothing_and_is_good_again(journal: Journal, pa
 
 def test_commit_after_an_unexpected_error_still_works(journal: Journal) -> None:
     with pytest.raises(OverflowError):
-        journal.commit(Changes(entries=[Entry("events", 0, "*", b"", 2**70)]))
-    journal.commit(Changes(telemetry=Numbering().records([0])))
+        journal.commit(Changes(entries=[Numbering().entry()._replace(at_ns=2**70)]))
+    journal.commit(Changes(batch=Numbering().batch([0])))
     assert seqs(rows(journal), 0) == [1]
 
 
@@ -183,12 +187,12 @@ def test_commit_after_an_unexpected_error_still_works(journal: Journal) -> None:
 def test_flipped_byte_loses_that_batch_only(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     numbering = Numbering()
     with closing(open_journal(path)) as journal:
-        batches = [numbering.records([0, 0, 1]) for _ in range(5)]
-        for records in batches:
-            journal.commit(Changes(telemetry=records))
+        batches = [numbering.batch([0, 0, 1]) for _ in range(5)]
+        for batch in batches:
+            journal.commit(Changes(batch=batch))
         heads = dict(journal.heads)
     data = bytearray(path.read_bytes())
-    at = data.index(telemetry.messages(batches[2])[1])
+    at = data.index(telemetry.messages(batches[2].records)[1])
     data[at + 20] ^= 1
     path.write_bytes(data)
     with closing(open_journal(path)) as journal:
@@ -199,25 +203,18 @@ def test_flipped_byte_loses_that_batch_only(path: Path, caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize("damage", ["whole", "behind the first pages"])
-def test_unreadable_file_is_set_aside_whole_and_a_new_stream_begins(
-    path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    for number in (1, 2):
-        with closing(open_journal(path)) as journal:
-            stream = journal.stream
-            numbering = Numbering()
-            for _ in range(200):
-                journal.commit(Changes(telemetry=numbering.records([0] * 20)))
-        data = path.read_bytes()
-        kept = 0 if damage == "whole" else 14 * 4096
-        data = data[:kept] + b"\xa5" * (len(data) - kept)
-        path.write_bytes(data)
-        with closing(open_journal(path)) as journal:
-            assert journal.stream != stream
-            assert journal.heads[0] == Head(0, 0)
-        assert path.with_name(f"journal.aside-{number}").read_bytes() == data
-        assert f"journal.aside-{number}" in caplog.text
-        path.unlink()
+def test_file_that_makes_no_sense_is_refused_as_broken_and_left_as_it_is(path: Path, damage: str) -> None:
+    with closing(open_journal(path)) as journal:
+        numbering = Numbering()
+        for _ in range(200):
+            journal.commit(Changes(batch=numbering.batch([0] * 20)))
+    data = path.read_bytes()
+    kept = 0 if damage == "whole" else 14 * 4096
+    data = data[:kept] + b"\xa5" * (len(data) - kept)
+    path.write_bytes(data)
+    with pytest.raises(JournalBroken, match=r"malformed|not a database"):
+        open_journal(path)
+    assert path.read_bytes() == data
 
 
 def test_empty_file_becomes_a_journal(path: Path) -> None:
@@ -266,9 +263,10 @@ def test_motor_that_moved_to_another_partition_is_refused_naming_both(
 
 def test_motor_that_left_and_came_back_goes_on_where_it_was(path: Path) -> None:
     with closing(open_journal(path)) as journal:
-        journal.commit(Changes(telemetry=Numbering().records([1, 1])))
+        numbering = Numbering(partitions=[1, 2])
+        journal.commit(Changes(batch=numbering.batch([1, 1])))
     with closing(Journal(path, "arm1", {0: "joint1", 2: "joint3"}, ROOMY)) as journal:
-        journal.commit(Changes(telemetry=Numbering(partitions=[2]).records([2])))
+        journal.commit(Changes(batch=numbering.batch([2])))
     with closing(open_journal(path)) as journal:
         assert journal.heads == {0: Head(0, 0), 1: Head(2, 2), 2: Head(1, 1)}
     with closing(JournalReader(path)) as reader:
@@ -278,14 +276,21 @@ def test_motor_that_left_and_came_back_goes_on_where_it_was(path: Path) -> None:
 # --- the bound --------------------------------------------------------------------------------------------------------
 
 
+def trim(journal: Journal, published: Published | None = None) -> list[Lost]:
+    """One step of holding the size; what was lost with it."""
+    plan, lost = journal.plan_trim(published)
+    journal.commit(Changes(trim=plan))
+    return lost
+
+
 def test_trim_holds_the_bound_while_much_comes_in(path: Path) -> None:
     bound = 400_000
     numbering = Numbering()
     with closing(open_journal(path, bound)) as journal:
         for _ in range(60):
             for _ in range(5):  # between two trims a tenth of the bound comes in
-                journal.commit(Changes(telemetry=numbering.records([0] * 100)))
-            journal.trim(published=False)
+                journal.commit(Changes(batch=numbering.batch([0] * 100)))
+            trim(journal)
             assert journal._used_bytes() < 1.2 * bound
         assert len(rows(journal)) > 20
         assert seqs(rows(journal), 0)[-1] == journal.heads[0].seq == 60 * 5 * 100
@@ -295,29 +300,29 @@ def test_trim_never_deletes_the_newest_row(path: Path) -> None:
     numbering = Numbering()
     with closing(open_journal(path, max_bytes=1)) as journal:
         for _ in range(3):
-            journal.commit(Changes(telemetry=numbering.records([0])))
+            journal.commit(Changes(batch=numbering.batch([0])))
         for _ in range(10):
-            journal.trim(published=False)
+            trim(journal)
         assert [batch.id for batch in rows(journal)] == [3]
-        assert journal.commit(Changes(telemetry=numbering.records([0]))) == 4
+    with closing(open_journal(path)) as journal:
+        assert (journal.row, journal.heads[0]) == (3, Head(3, 3))
 
 
 def test_trim_of_an_empty_journal_does_nothing(path: Path) -> None:
     with closing(open_journal(path, max_bytes=1)) as journal:
-        assert journal.trim(published=True) == []
+        assert journal.plan_trim({}) == (None, [])
 
 
 def test_nothing_is_removed_below_the_bound(journal: Journal) -> None:
-    journal.commit(Changes(telemetry=Numbering().records([0])))
-    assert journal.trim(published=True) == []
-    assert len(rows(journal)) == 1
+    journal.commit(Changes(batch=Numbering().batch([0])))
+    assert journal.plan_trim({}) == (None, [])
 
 
 COMMITS = st.lists(st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=6), min_size=2, max_size=25)
 
 
 @given(COMMITS, st.dictionaries(st.sampled_from([0, 1, 2]), st.floats(0, 1)), st.integers(1, 9))
-def test_trim_reports_exactly_what_it_removed_unacknowledged(
+def test_trim_reports_exactly_what_it_removes_unacknowledged(
     commits: list[list[int]], acknowledged: dict[int, float], at_once: int
 ) -> None:
     numbering = Numbering(partitions=[0, 1, 2])
@@ -326,18 +331,16 @@ def test_trim_reports_exactly_what_it_removed_unacknowledged(
         patch.setattr(module, "_TRIM_ROWS", at_once)
         row_of: dict[tuple[int, int], int] = {}
         for partitions in commits:
-            records = numbering.records(partitions)
-            row = journal.commit(Changes(telemetry=records))
-            assert row is not None
-            row_of |= dict.fromkeys(zip(partitions, records["seq"].tolist(), strict=True), row)
+            batch = numbering.batch(partitions)
+            journal.commit(Changes(batch=batch))
+            row_of |= dict.fromkeys(zip(partitions, batch.records["seq"].tolist(), strict=True), batch.id)
         published = {}
         for partition, share in acknowledged.items():
             if seq := int(share * journal.heads[partition].seq):
                 published["telemetry", partition] = (seq, row_of[partition, seq] - 1)
-        journal.commit(Changes(published=published))
         while len(rows(journal)) > 1:
             before = {row.id for row in rows(journal)}
-            lost = journal.trim(published=True)
+            lost = trim(journal, published)
             removed = before - {row.id for row in rows(journal)}
             expected = defaultdict(list)
             for (partition, seq), row in row_of.items():
@@ -349,11 +352,43 @@ def test_trim_reports_exactly_what_it_removed_unacknowledged(
 def test_motor_that_is_away_makes_nobody_elses_acknowledged_records_count_as_lost(path: Path) -> None:
     numbering = Numbering()
     with closing(open_journal(path, max_bytes=1)) as journal:
-        journal.commit(Changes(telemetry=numbering.records([1])))
+        journal.commit(Changes(batch=numbering.batch([1])))
         for _ in range(20):
-            journal.commit(Changes(telemetry=numbering.records([0])))
-        journal.commit(Changes(published={("telemetry", 0): (20, 21), ("telemetry", 1): (1, 1)}))
-        assert journal.trim(published=True) == []
+            journal.commit(Changes(batch=numbering.batch([0])))
+        assert trim(journal, {("telemetry", 0): (20, 21), ("telemetry", 1): (1, 1)}) == []
+        assert len(rows(journal)) < 21
+
+
+def test_events_are_bounded_in_bytes_but_the_newest_of_each_partition_stays_and_numbers_go_on(path: Path) -> None:
+    numbering = Numbering()
+    share = 100_000
+    with closing(open_journal(path, share * module.ENTRIES_SHARE)) as journal:
+        journal.commit(Changes(entries=[numbering.entry("outcomes", 1)]))
+        journal.commit(Changes(entries=[numbering.entry(value=b"x" * 500) for _ in range(1000)]))
+        lost = trim(journal, {("events", 0): (300, 301)})
+        with closing(JournalReader(path)) as reader:
+            left = reader.partition_entries("events", 0, 0, 1000)
+            assert 0.9 * share < sum(len(entry.value) + len(entry.key) + module.ENTRY_BYTES for entry in left) < share
+            assert lost == [Lost(0, 301, left[0].seq - 1, "events")]
+            assert [entry.seq for entry in left] == list(range(left[0].seq, 1001))
+            assert len(reader.partition_entries("outcomes", 1, 0, 1000)) == 1
+        assert journal.plan_trim({}) == (None, [])
+    with closing(open_journal(path, 1)) as journal:
+        trim(journal)
+    with closing(open_journal(path, ROOMY)) as journal:
+        assert journal.entry_heads == {("events", 0): 1000, ("outcomes", 1): 1}
+
+
+def test_wal_counts_as_used_but_for_a_fourth_at_most(path: Path) -> None:
+    numbering = Numbering()
+    with closing(open_journal(path)) as journal, closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM telemetry").fetchall()
+        journal.commit(Changes(batch=numbering.batch([0] * 10_000)))
+        in_file = journal.db.execute("PRAGMA page_count").fetchone()[0] * 4096
+        assert journal._used_bytes() == in_file + journal.wal_bytes() > in_file + 700_000
+        journal.max_bytes = 1000
+        assert journal._used_bytes() == in_file + 250
 
 
 # --- entries, commands, positions -------------------------------------------------------------------------------------
@@ -361,15 +396,19 @@ def test_motor_that_is_away_makes_nobody_elses_acknowledged_records_count_as_los
 
 @settings(max_examples=20)  # each opens the journal twice
 @given(st.lists(st.tuples(st.sampled_from(["events", "outcomes"]), st.integers(0, 2)), max_size=30), st.data())
-def test_entries_count_from_one_for_each_topic_and_partition(
+def test_entries_are_kept_in_order_and_their_numbers_are_known_to_the_next_run(
     tmp_path_factory: pytest.TempPathFactory, places: list[tuple[str, int]], data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("entries") / "journal.db"
-    entries = [Entry(topic, partition, "*", b"%d" % n, n) for n, (topic, partition) in enumerate(places)]
+    numbering = Numbering()
+    entries = [numbering.entry(topic, partition, b"%d" % n) for n, (topic, partition) in enumerate(places)]
     cut = data.draw(st.integers(0, len(entries)))
     for part in (entries[:cut], entries[cut:]):
         with closing(open_journal(path)) as journal:
             journal.commit(Changes(entries=part))
+    with closing(open_journal(path)) as journal:
+        assert journal.entry == len(entries)
+        assert journal.entry_heads == Counter(places)
     with closing(JournalReader(path)) as reader:
         stored = reader.entries(0, 1000)
         assert [entry.value for entry in stored] == [entry.value for entry in entries]
@@ -393,13 +432,11 @@ def test_what_is_remembered_of_a_command_is_the_newest(journal: Journal, path: P
         assert [state.id for state in reader.unfinished_commands()] == ["d"]
 
 
-def test_oldest_ids_are_forgotten_beyond_the_bound_but_no_unfinished_one(
-    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "IDS_KEPT", 3)
+def test_oldest_ids_are_forgotten_beyond_the_bound_but_no_unfinished_one(journal: Journal, path: Path) -> None:
+    journal.max_bytes = 3 * module.ID_BYTES * module.IDS_SHARE
     for number in range(6):
         journal.commit(Changes(commands=[CommandState(f"c{number}", number != 1, number, "*")]))
-    journal.save_heads()
+    trim(journal)
     with closing(JournalReader(path)) as reader:
         assert [n for n in range(6) if reader.command(f"c{n}")] == [1, 3, 4, 5]
 
@@ -413,10 +450,46 @@ def test_positions_are_kept(journal: Journal, path: Path) -> None:
         assert reader.published() == {("telemetry", 1): (5, 6)}
 
 
+def test_producers_identity_is_kept_and_the_newest_counts(journal: Journal, path: Path) -> None:
+    with closing(JournalReader(path)) as reader:
+        assert reader.producer() is None
+        for state in (
+            ProducerState("cluster", 4000, 1, {("telemetry", 0): 1, ("events", 0): 1}),
+            ProducerState("other", 2**40, 0, {("telemetry", 1): 2**40}),
+        ):
+            journal.commit(Changes(producer=state))
+            assert reader.producer() == state
+
+
+def test_journal_of_version_1_is_taken_over(path: Path) -> None:
+    numbering = Numbering()
+    with closing(open_journal(path)) as journal:
+        stream = journal.stream
+        journal.commit(Changes(batch=numbering.batch([0, 1]), entries=[numbering.entry(key="\u00e9", value=b"12345")]))
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(
+            "DROP TABLE producer; DROP TABLE bases; DROP TABLE damaged; DROP TABLE sizes; DROP VIEW older;"
+            "PRAGMA user_version = 1"
+        )
+    with closing(open_journal(path)) as journal, closing(JournalReader(path)) as reader:
+        assert (journal.stream, journal.heads[0], journal.row) == (stream, Head(1, 1), 1)
+        assert journal._entry_bytes == 2 + 5 + module.ENTRY_BYTES
+        assert reader.producer() is None
+
+
+def test_numbers_that_no_record_has_are_not_given_again(path: Path) -> None:
+    with closing(open_journal(path)) as journal:
+        journal.commit(Changes(batch=Numbering().batch([0, 0]), skipped={0: 9, 1: 4}))
+        with closing(open_journal(crash(path))) as found:
+            assert found.heads == {0: Head(9, 2), 1: Head(4, 0)}
+        journal.commit(Changes(skipped={0: 5}))  # an older skip takes none back
+        assert journal.heads[0] == Head(9, 2)
+
+
 def test_reader_pages_through_what_is_there(journal: Journal, path: Path) -> None:
     numbering = Numbering()
     for _ in range(7):
-        journal.commit(Changes(telemetry=numbering.records([0, 1])))
+        journal.commit(Changes(batch=numbering.batch([0, 1])))
     with closing(JournalReader(path)) as reader:
         assert [batch.id for batch in reader.batches(2, 3)] == [3, 4, 5]
         assert reader.batches(7, 3) == []
@@ -437,12 +510,12 @@ def test_reader_of_something_else_is_told_so(path: Path) -> None:
 
 def test_long_reading_holds_up_no_commit(journal: Journal, path: Path) -> None:
     numbering = Numbering()
-    journal.commit(Changes(telemetry=numbering.records([0])))
+    journal.commit(Changes(batch=numbering.batch([0])))
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as db:
         db.execute("BEGIN")
         assert db.execute("SELECT count(*) FROM telemetry").fetchone() == (1,)
-        journal.commit(Changes(telemetry=numbering.records([0])))
-        journal.save_heads()
+        journal.commit(Changes(batch=numbering.batch([0])))
+        journal.commit(Changes(save_heads=True))
         assert db.execute("SELECT count(*) FROM telemetry").fetchone() == (1,)
 
 
@@ -451,8 +524,8 @@ def test_damaged_rows_are_logged_and_left_out_for_readers_too(
 ) -> None:
     numbering = Numbering()
     for _ in range(3):
-        journal.commit(Changes(telemetry=numbering.records([0])))
-    journal._db.execute("UPDATE telemetry SET records = substr(records, 2) WHERE id = 2")
+        journal.commit(Changes(batch=numbering.batch([0])))
+    journal.db.execute("UPDATE telemetry SET records = substr(records, 2) WHERE id = 2")
     with closing(JournalReader(path)) as reader, caplog.at_level(logging.ERROR):
         assert [batch.id for batch in reader.batches(0, 10)] == [1, 3]
     assert "row 2 is damaged" in caplog.text

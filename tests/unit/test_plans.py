@@ -17,6 +17,7 @@ ARM = """\
 name = "arm1"
 late_after_ms = 20.5
 offline_after_ms = 100
+motor_watchdog_ms = 250
 realtime = false
 
 [[bus]]
@@ -86,7 +87,7 @@ def test_timing_and_motors_are_those_of_the_bus() -> None:
     plans = worker_plans(make_config(), LINKS)
     assert plans["usb"].timing == Timing(4 * MS, 20_500_000, 100 * MS)
     assert plans["serial0"].timing.period_ns == 3_003_003
-    assert plans["serial0"].motors == (Motor(3, "joint3", "feetech_sts", 3, position_rad=(-1.0, 3.5)),)
+    assert plans["serial0"].motors == (Motor(3, "joint3", "feetech_sts", 3, None, (-1.0, 3.5), 250 * MS),)
     assert not plans["usb"].realtime
 
 

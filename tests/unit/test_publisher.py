@@ -12,9 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import publisher as module
-from gateway import telemetry
-from gateway.journal import Batch, Changes, Entry, Journal, JournalReader
+from gateway import recent, telemetry
+from gateway.journal import Batch, Changes, Journal, JournalReader, ProducerState, StoredEntry
+from gateway.producer import (
+    EPOCH_MOST,
+    SEQUENCE_BITS,
+    ContinuedProducer,
+    NoPlace,
+    PlacedBatch,
+    begins_epoch,
+    next_epoch,
+)
 from gateway.publisher import SEQ_HEADER, EntryLane, ForeignRecord, Item, Pages, Publisher, TelemetryLane
+from gateway.recent import Recent
 from tests.gateway_parts import KAFKA, MOTORS, Numbering, make_config
 
 Rows = list[tuple[int, dict[int, list[int]]]]
@@ -44,10 +54,15 @@ class Log:
         numbering = Numbering()
         self.batches = [numbering.records(batch) for batch in batches]
         self.reader = FakeReader(dict(enumerate(self.batches[:old], start=1)))
-        self.pages = Pages(self.reader)
+        self.recent = Recent(old, 0)
+        self.pages = Pages(self.reader, self.recent)
         for row, records in enumerate(self.batches[old:], start=old + 1):
-            self.reader.rows[row] = records
-            self.pages.append(row, records)
+            self.append(row, records)
+
+    def append(self, row: int, records: telemetry.Records) -> None:
+        self.reader.rows[row] = records
+        self.recent.append(Batch(row, records), ())
+        self.recent.saved(row, 0)
 
     def lane(self, partition: int, encoding: str = "protobuf") -> TelemetryLane:
         return TelemetryLane("servo.arm1.telemetry", partition, MOTORS[partition], self.pages, encoding)
@@ -72,6 +87,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pages, "ROWS", 4)
     monkeypatch.setattr(Pages, "KEPT", 2)
     monkeypatch.setattr(module, "BATCH_RECORDS", 5)
+    monkeypatch.setattr(recent, "ROWS_KEPT", 6)
 
 
 @given(BATCHES, st.integers(0, 30), st.integers(0, 30))
@@ -156,7 +172,7 @@ def test_lane_takes_up_what_is_committed_later() -> None:
     assert not lane.pending()
     numbering = Numbering()
     numbering.records([0, 0])
-    log.pages.append(2, numbering.records([1, 0]))
+    log.append(2, numbering.records([1, 0]))
     assert [item.seq for item in drain(lane, iter(lambda: 5, None))] == [3]
 
 
@@ -190,8 +206,10 @@ def test_format_that_was_changed_is_a_foreign_record() -> None:
 # --- events and outcomes ----------------------------------------------------------------------------------------------
 
 
-def make_entries(topic: str, partition: int, count: int) -> list[Entry]:
-    return [Entry(topic, partition, "joint1", b'{"n":%d}' % number, number) for number in range(count)]
+def make_entries(topic: str, partition: int, count: int, first_id: int = 1, first_seq: int = 1) -> list[StoredEntry]:
+    return [
+        StoredEntry(first_id + n, topic, partition, first_seq + n, n, "joint1", b'{"n":%d}' % n) for n in range(count)
+    ]
 
 
 @pytest.fixture
@@ -201,9 +219,10 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 
 def test_entry_lane_takes_every_entry_once_and_in_order_in_bounded_batches(journal: Journal) -> None:
-    journal.commit(Changes(entries=make_entries("events", 0, 13) + make_entries("events", 1, 3)))
+    journal.commit(Changes(entries=make_entries("events", 0, 13) + make_entries("events", 1, 3, first_id=14)))
     with closing(JournalReader(journal.path)) as reader:
-        lane = EntryLane("events", "servo.arm1.events", 0, reader)
+        newest = Recent(0, 16)
+        lane = EntryLane("events", "servo.arm1.events", 0, reader, newest)
         sent: list[Item] = []
         while lane.pending():
             if items := lane.take():
@@ -214,7 +233,7 @@ def test_entry_lane_takes_every_entry_once_and_in_order_in_bounded_batches(journ
         assert [msgspec.json.decode(item.value)["n"] for item in sent] == list(range(13))
         seq_of = [lane.seq_of(make_consumed(item.value, item.headers)) for item in sent]
         assert seq_of == [(journal.stream, item.seq) for item in sent]
-        journal.commit(Changes(entries=make_entries("events", 0, 1)))
+        newest.append(None, make_entries("events", 0, 1, first_id=17, first_seq=14))  # the disk does not have it
         lane.appended()
         assert [item.seq for item in lane.take()] == [14]
 
@@ -222,7 +241,7 @@ def test_entry_lane_takes_every_entry_once_and_in_order_in_bounded_batches(journ
 @pytest.mark.parametrize("header", [None, b"", b"x/1", b"1/x", b"\xff/1", b"5"])
 def test_entry_without_our_header_is_a_foreign_record(journal: Journal, header: bytes | None) -> None:
     with closing(JournalReader(journal.path)) as reader:
-        lane = EntryLane("events", "servo.arm1.events", 0, reader)
+        lane = EntryLane("events", "servo.arm1.events", 0, reader, Recent(0, 0))
         headers = () if header is None else ((SEQ_HEADER, header),)
         with pytest.raises(ForeignRecord, match=SEQ_HEADER):
             lane.seq_of(make_consumed(b"{}", headers))
@@ -230,17 +249,58 @@ def test_entry_without_our_header_is_a_foreign_record(journal: Journal, header: 
 
 def test_publisher_has_a_lane_for_all_that_the_arm_writes(journal: Journal, tmp_path: Path) -> None:
     told: list[Any] = []
+
+    async def remember(state: ProducerState) -> None:
+        told.append(state)
+
     with closing(JournalReader(journal.path)) as reader:
+        newest = Recent(0, 0)
         publisher = Publisher(
-            make_config(tmp_path, KAFKA), reader, {}, lambda *at: None, lambda *state: told.append(state)
+            make_config(tmp_path, KAFKA),
+            reader,
+            {},
+            newest,
+            bookmark=lambda *at: told.append(at),
+            changed=lambda *state: told.append(state),
+            event=lambda kind, **details: told.append(kind),
+            remember=remember,
         )
         lanes = {(lane.topic, lane.partition) for lane in publisher._lanes}
         topics = ("telemetry", "events", "outcomes")
         assert lanes == {(f"servo.arm1.{topic}", partition) for topic in topics for partition in (0, 1)}
-        numbering = Numbering()
-        journal.commit(Changes(telemetry=(records := numbering.records([1])), entries=make_entries("outcomes", 1, 1)))
-        publisher.committed(Batch(1, records), [("outcomes", 1), ("unknown", 5)])
+        entries = make_entries("outcomes", 1, 1) + make_entries("unknown", 5, 1, first_id=2)
+        newest.append(Batch(1, Numbering().records([1])), entries)
+        publisher.committed(entries)
         pending = {(lane.name, lane.partition) for lane in publisher._lanes if lane.pending() and lane.take()}
         assert pending == {("telemetry", 1), ("outcomes", 1)}
         assert publisher.acknowledged(1) == 0
     assert told == []
+
+
+# --- places in the sequence that the broker checks ------------------------------------------------------------------
+
+
+@given(st.integers(0, 3 << SEQUENCE_BITS))
+def test_a_place_is_an_epoch_and_a_sequence_number_that_go_on(position: int) -> None:
+    batch = PlacedBatch((7, 2), position)
+    places = batch._epoch - 2, batch._sequence
+    assert places == divmod(position, 1 << SEQUENCE_BITS)
+    assert begins_epoch(position) == (batch._sequence == 0)
+
+
+@given(st.integers(-(1 << 40), 1 << 40))
+def test_next_epoch_is_the_first_place_of_a_higher_one(position: int) -> None:
+    found = next_epoch(position)
+    assert begins_epoch(found)
+    assert 0 < found - position <= 1 << SEQUENCE_BITS
+
+
+@pytest.mark.parametrize("position", [-1, (EPOCH_MOST + 1) << SEQUENCE_BITS])
+async def test_there_is_no_place_before_the_first_and_behind_the_last(position: int) -> None:
+    producer = ContinuedProducer((7, 0))
+    try:
+        producer.place_batch(0)
+        with pytest.raises(NoPlace):
+            producer.place_batch(position)
+    finally:
+        await producer.stop()

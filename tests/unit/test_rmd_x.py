@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drivers.clock import MS, MonotonicNs
 from drivers.errors import MotorRefused
-from drivers.family import CAN_FRAME_BITS, CanFrame, run_with_replies
+from drivers.family import CAN_FRAME_BITS, CanFrame, Overheard, run_with_replies
 from drivers.motor import Feedback, Kind, Motor, Order, Status, common_faults
 from drivers.protocols.rmd_x import (
     ALL_MOTORS_ID,
@@ -520,3 +521,73 @@ def test_supply_beyond_its_limits_is_an_error_for_as_long_as_it_lasts() -> None:
         loop.servo(1).voltage_v = voltage_v
         told = decode_status_1(ask(loop, make_command(1, Command.STATUS_1))[0].data)
         assert told._replace(voltage_v=round(told.voltage_v, 6)) == Status1(25, False, voltage_v, error)
+
+
+# --- the timeout ------------------------------------------------------------------------------------------------------
+
+
+def make_guarded() -> MemoryLoop:
+    loop = make_loop(replace(make(1), watchdog_ns=500 * MS))
+    loop.sent.clear()
+    return loop
+
+
+def test_timeout_is_written_once_a_connection_and_not_by_monitoring() -> None:
+    loop = make_guarded()
+    loop.poll(1)
+    refresh(loop)
+    for _ in range(3):
+        loop.order(1, Order(Kind.ENABLE))
+        loop.order(1, Order(Kind.DISABLE))
+    assert [str(frame) for frame in loop.sent].count("141#B3000000F4010000") == 1
+
+
+def test_first_command_after_the_timeout_is_sent_back_and_no_sample() -> None:
+    loop = make_guarded()
+    loop.order(1, Order(Kind.ENABLE))
+    loop.wait(0.4)
+    assert 1 in loop.poll(1)
+    loop.wait(0.6)
+    assert loop.poll(1) == {}
+    told = loop.poll(1)[1]
+    assert told.status & Status.FAULT_COMMUNICATION
+    assert not told.status & Status.ENABLED
+    assert told.temperature_c > 0
+
+
+def test_motor_says_once_a_second_that_its_timeout_has_stopped_it() -> None:
+    loop = make_guarded()
+    loop.order(1, Order(Kind.ENABLE))
+    said = [frame for _ in range(280) for _, frame in loop.bus.advance(after_10_ms(loop))]
+    assert [str(frame) for frame in said] == ["241#F100000000000000"] * 3
+    assert loop.family.overhear(said[0]) == Overheard(1)
+
+
+def after_10_ms(loop: MemoryLoop) -> MonotonicNs:
+    loop.now = MonotonicNs(loop.now + 10 * MS)
+    return loop.now
+
+
+def test_enable_after_the_timeout_is_obeyed() -> None:
+    loop = make_guarded()
+    loop.order(1, Order(Kind.ENABLE))
+    loop.wait(1)
+    loop.order(1, Order(Kind.ENABLE))
+    assert loop.servo(1).enabled
+    assert loop.poll(1)[1].status & (Status.faults() | Status.ENABLED) == Status.ENABLED
+
+
+def test_motor_at_rest_at_0_degrees_and_0_c_is_polled_all_the_same() -> None:
+    loop = make_loop()
+    loop.servo(1).temperature_c = 0.0
+    assert [sorted(loop.poll(1)) for _ in range(3)] == [[], [1], [1]]
+
+
+def test_halt_is_one_frame_to_all_unless_one_of_them_is_off() -> None:
+    loop = make_loop(make(1), make(2))
+    loop.order(1, Order(Kind.ENABLE))
+    assert [str(frame) for frame in loop.family.halt([1, 2]).requests] == ["141#8100000000000000"]
+    loop.order(2, Order(Kind.ENABLE))
+    halt = loop.family.halt([1, 2])
+    assert [str(frame) for frame in halt.requests] == ["280#8100000000000000"]
+    assert sorted(loop.exchange(halt)) == [1, 2]

@@ -68,3 +68,18 @@ def test_values_are_copied_as_they_are() -> None:
 
 def test_no_samples_are_no_records() -> None:
     assert messages(Stamp(1, {0: Head(0, 0)}, still()).stamp(make_samples([]))) == []
+
+
+def test_rows_and_entries_go_on_behind_the_newest_that_the_journal_holds() -> None:
+    stamp = Stamp(7, {0: Head(0, 0)}, EventTime(), row=4, entry=10, entry_heads={("events", 1): 3})
+    assert [stamp.row(), stamp.row()] == [5, 6]
+    assert [stamp.entry(*at) for at in (("events", 1), ("outcomes", 1), ("events", 1), ("events", 0))] == [
+        (11, 4), (12, 1), (13, 5), (14, 1),
+    ]  # fmt: skip
+
+
+def test_numbers_that_are_skipped_are_given_to_no_sample() -> None:
+    stamp = Stamp(7, {0: Head(5, 100), 1: Head(0, 0)}, EventTime())
+    assert stamp.skip(0, 3) == (6, 8)
+    assert stamp.stamp(make_samples([0, 1]))["seq"].tolist() == [9, 1]
+    assert (stamp.seq(0), stamp.seq(1)) == (9, 1)

@@ -1,0 +1,73 @@
+"""A Kafka producer that goes on where another process ended. The one place that touches aiokafka's private parts.
+
+For each partition a broker knows the batches of a producer id (pid) by their Kafka sequence numbers, and takes none
+twice and none out of order. A fresh pid therefore knows nothing of what a killed gateway still had on its way. Here the
+pid is kept, and a batch's place in its sequence follows from the records themselves:
+
+    position = seq - base      lower 31 bits: the Kafka sequence number; above them: added to the epoch
+
+So a request that was sent before and one that is sent now compete for the same place, and the broker takes one of them.
+A partition that has to leave numbers out gets a base that puts its next record at the beginning of an epoch: the broker
+takes sequence number 0 of a higher epoch from an idempotent producer, and nothing of a lower one after it (KIP-360).
+"""
+
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.producer.message_accumulator import BatchBuilder
+
+SEQUENCE_BITS = 31  # Kafka counts 0 .. 2^31 - 1
+BATCH_BYTES = 512 << 10  # well below the broker's default limit of 1 MiB
+EPOCH_MOST = 32767
+NO_COMPRESSION = 0
+
+
+class NoPlace(Exception):
+    """A position lies before the first place or behind the last epoch: a fresh identity is needed."""
+
+
+def begins_epoch(position: int) -> bool:
+    """Whether the Kafka sequence number of this position is 0. No batch may go across such a place."""
+    return not position & ((1 << SEQUENCE_BITS) - 1)
+
+
+def next_epoch(position: int) -> int:
+    """The position at which the epoch after that of ``position`` begins."""
+    return ((position >> SEQUENCE_BITS) + 1) << SEQUENCE_BITS
+
+
+class PlacedBatch(BatchBuilder):  # type: ignore[misc]  # aiokafka is published without types
+    """A batch with a place of its own, whatever the producer has counted."""
+
+    def __init__(self, identity: tuple[int, int], position: int) -> None:
+        """``position`` is that of its first record."""
+        super().__init__(BATCH_BYTES, NO_COMPRESSION)
+        self._pid, epoch = identity
+        self._epoch = epoch + (position >> SEQUENCE_BITS)
+        self._sequence = position & ((1 << SEQUENCE_BITS) - 1)
+
+    def _set_producer_state(self, producer_id: int, producer_epoch: int, base_sequence: int) -> None:  # noqa: ARG002
+        """Called by aiokafka when it sends the batch for the first time."""
+        super()._set_producer_state(self._pid, self._epoch, self._sequence)
+
+
+class ContinuedProducer(AIOKafkaProducer):  # type: ignore[misc]  # aiokafka is published without types
+    """An idempotent producer. Send only what ``place_batch`` makes, one batch of a partition after the other."""
+
+    def __init__(self, identity: tuple[int, int] | None, **options: Any) -> None:
+        """``identity``: (pid, epoch) to go on with; None: the broker gives a fresh one at the start."""
+        super().__init__(**options, enable_idempotence=True, acks="all", max_batch_size=BATCH_BYTES)
+        if identity:
+            self._txn_manager.set_pid_and_epoch(*identity)
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """(pid, epoch); the epoch is that of position 0. Known once the producer has started."""
+        return self._txn_manager.producer_id, self._txn_manager.producer_epoch
+
+    def place_batch(self, position: int) -> PlacedBatch:
+        """An empty batch whose first record has this position. Raises NoPlace."""
+        pid, epoch = self.identity
+        if position < 0 or epoch + (position >> SEQUENCE_BITS) > EPOCH_MOST:
+            raise NoPlace(f"position {position} from epoch {epoch}; epochs end with {EPOCH_MOST}")
+        return PlacedBatch((pid, epoch), position)

@@ -1,0 +1,417 @@
+"""Nothing twice and nothing lost in a real broker, whatever a killed gateway still had on its way.
+
+Most tests run the publisher alone, with a journal of its own and records made by hand: what it sends is known exactly.
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from gateway import claim, telemetry
+from gateway import publisher as module
+from gateway.config import Config
+from gateway.events import EventType
+from gateway.journal import Batch, Changes, Journal, JournalReader, ProducerState
+from gateway.producer import SEQUENCE_BITS
+from gateway.publisher import Publisher
+from gateway.recent import Recent
+from hil.arm import Arm
+from hil.judge import Verdict, judge, read
+from hil.kafka import Broker
+from hil.proxy import Proxy
+from tests.gateway_parts import MOTORS, Numbering, make_config, until
+from tests.system.rig import command_record, produce, see, wait_event, wait_outcome
+
+
+class Gateway:
+    """A gateway without motors: its log, and its publisher while it runs."""
+
+    def __init__(self, directory: Path, arm: str, bootstrap: str) -> None:
+        directory.mkdir(exist_ok=True)
+        config = make_config(directory, f'[kafka]\nbootstrap_servers = ["{bootstrap}"]\n')
+        self.config: Config = config.model_copy(update={"arm": config.arm.model_copy(update={"name": arm})})
+        self.path = directory / "journal.db"
+        self.arm = arm
+        self.told: list[tuple[str, str]] = []
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.when_up: Callable[[], None] = lambda: None
+        self.shift_ns = 0
+        with closing(self.journal()) as journal:
+            self.stream = journal.stream
+        self._numbering = Numbering(self.stream)
+        self.newest = 0  # number of each motor
+
+    def journal(self) -> Journal:
+        return Journal(self.path, self.arm, MOTORS, 1 << 30)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Run"]:
+        """A run of it, which ends without waiting for anything that is under way."""
+        with closing(self.journal()) as journal, closing(JournalReader(self.path)) as reader:
+            run = Run(self, journal, reader)
+            task = asyncio.create_task(run.publisher.run())
+            try:
+                yield run
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    def records(self, count: int) -> telemetry.Records:
+        """The next records of both motors, so many each."""
+        self.newest += count
+        records = self._numbering.records(sorted([0, 1] * count))
+        records["sampled_at_ns"] += self.shift_ns
+        return records
+
+    def changed(self, state: str, detail: str) -> None:
+        self.told.append((state, detail))
+        if state == "up":
+            self.when_up()
+
+    def identity(self) -> ProducerState:
+        with closing(JournalReader(self.path)) as reader:
+            state = reader.producer()
+        assert state is not None
+        return state
+
+    def change_identity(self, change: Callable[[ProducerState], ProducerState]) -> None:
+        with closing(self.journal()) as journal:
+            journal.commit(Changes(producer=change(self.identity())))
+
+    def change_bases(self, change: Callable[[int], int]) -> None:
+        """Change where the lanes' Kafka sequence numbers begin."""
+        self.change_identity(lambda s: s._replace(bases={at: change(base) for at, base in s.bases.items()}))
+
+
+class Run:
+    """One run of a gateway."""
+
+    def __init__(self, gateway: Gateway, journal: Journal, reader: JournalReader) -> None:
+        self.reader = reader
+        self._journal = journal
+        self._recent = Recent(journal.row, journal.entry)
+        self._gateway = gateway
+        self.publisher = Publisher(
+            gateway.config,
+            reader,
+            dict(journal.heads),
+            self._recent,
+            bookmark=lambda *at: None,
+            changed=gateway.changed,
+            event=lambda kind, **details: gateway.events.append((kind, details)),
+            remember=self._remember,
+        )
+
+    async def _remember(self, state: ProducerState) -> None:
+        self._journal.commit(Changes(producer=state))
+
+    def write(self, count: int) -> None:
+        """Append so many records of each motor to the log, as one row."""
+        batch = Batch(self._recent.row + 1, self._gateway.records(count))
+        self._journal.commit(Changes(batch=batch))
+        self._recent.append(batch, ())
+        self._recent.saved(batch.id, 0)
+        self.publisher.committed(())
+
+    async def up(self) -> None:
+        """Return when it publishes."""
+        await until(lambda: self.publisher.state == "up")
+
+    async def acknowledged(self) -> None:
+        """Return when the broker has everything."""
+        await until(lambda: all(self.publisher.acknowledged(motor) == self._gateway.newest for motor in MOTORS))
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[Proxy]:
+    with Proxy() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def broker(proxy: Proxy) -> Iterator[Broker]:
+    """A broker with a listener behind the proxy."""
+    with Broker(proxy=proxy.address) as made:
+        proxy.target = made.behind_proxy
+        yield made
+
+
+@pytest.fixture
+def gateway(tmp_path: Path, arm_name: str, broker: Broker, proxy: Proxy) -> Iterator[Gateway]:
+    """Reaches the broker through the proxy."""
+    yield Gateway(tmp_path, arm_name, proxy.address)
+    proxy.flow()
+
+
+@pytest.fixture
+def quick_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"RENEW_S": 0.2, "LAPSE_S": 2.0, "TRUST_S": 1.0}.items():
+        monkeypatch.setattr(claim, name, seconds)
+
+
+async def judged(broker: Broker, gateway: Gateway) -> Verdict:
+    """What the broker holds of the gateway's telemetry; everything was written by it once at most."""
+    found = await judge(broker.bootstrap, gateway.arm)
+    assert (found.total("repeats"), found.total("disorders"), found.total("other_faults")) == (0, 0, 0), str(found)
+    return found
+
+
+async def hold_what_a_killed_run_sent(gateway: Gateway, proxy: Proxy) -> None:
+    """A run publishes ten records of each motor; the next ones are on their way when it is killed."""
+    async with gateway.running() as run:
+        run.write(10)
+        await run.acknowledged()
+        proxy.stall(replies=False)
+        before = proxy.taken
+        run.write(3)
+        await until(lambda: proxy.taken - before > 6 * telemetry.MESSAGE_SIZE)
+    proxy.let_new_pass()
+
+
+async def deliver(broker: Broker, gateway: Gateway, proxy: Proxy) -> None:
+    """Release what is held, and return when the broker has dealt with it: it answers one after the other."""
+    proxy.flow()
+    async with gateway.running() as run:
+        run.write(1)
+        await run.acknowledged()
+
+
+# --- what a killed gateway had on its way -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("released", "more"),
+    [("before it asks the tails", 4), ("before it sends", 0), ("before it sends", 4), ("when it has sent", 4)],
+)
+async def test_what_a_killed_gateway_had_on_its_way_comes_once(
+    gateway: Gateway, broker: Broker, proxy: Proxy, released: str, more: int
+) -> None:
+    await hold_what_a_killed_run_sent(gateway, proxy)
+    if released == "before it asks the tails":
+        proxy.flow()
+    elif released == "before it sends":
+        gateway.when_up = proxy.flow
+    async with gateway.running() as run:
+        if more:
+            run.write(more)  # the batch is longer than the one on its way
+        await run.acknowledged()
+    await deliver(broker, gateway, proxy)
+    found = await judged(broker, gateway)
+    assert found.ok
+    assert found.records == 2 * gateway.newest
+
+
+async def test_a_producer_without_a_past_would_repeat_it(
+    gateway: Gateway, broker: Broker, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test above guards against: without the identity the broker takes both."""
+    monkeypatch.setattr(JournalReader, "producer", lambda _: None)
+    await hold_what_a_killed_run_sent(gateway, proxy)
+    async with gateway.running() as run:
+        await run.acknowledged()
+    await deliver(broker, gateway, proxy)
+    assert (await judge(broker.bootstrap, gateway.arm)).total("repeats") > 0
+
+
+async def test_what_was_on_its_way_does_not_come_behind_a_gap(gateway: Gateway, broker: Broker, proxy: Proxy) -> None:
+    """The journal lost what the killed run had sent, and more: those numbers are left out."""
+    await hold_what_a_killed_run_sent(gateway, proxy)
+    with closing(sqlite3.connect(gateway.path)) as db:
+        db.execute("DELETE FROM telemetry WHERE id > 1")
+        db.commit()
+    gateway.records(2)
+    for _ in range(2):  # the second run finds its place at the beginning of the epoch, or behind it
+        async with gateway.running() as run:
+            run.write(4)
+            await run.acknowledged()
+    await deliver(broker, gateway, proxy)
+    found = await judged(broker, gateway)
+    assert [(part.gaps, part.last_seq) for part in found.partitions] == [(5, gateway.newest)] * 2
+
+
+# --- the identity and the broker --------------------------------------------------------------------------------------
+
+
+async def test_runs_are_one_producer_also_when_the_broker_was_killed(gateway: Gateway, broker: Broker) -> None:
+    identities = set()
+    for _ in range(2):
+        async with gateway.running() as run:
+            run.write(10)
+            await run.acknowledged()
+            identities.add(gateway.identity()[:3])
+            if len(gateway.told) == 1:
+                broker.kill()
+                broker.start()
+    assert len(identities) == 1
+    assert (await judged(broker, gateway)).records == 40
+
+
+async def test_kafka_sequence_numbers_go_on_behind_the_last_one(gateway: Gateway, broker: Broker) -> None:
+    async with gateway.running() as run:
+        await run.up()
+    last = (1 << SEQUENCE_BITS) - 1
+    gateway.change_bases(lambda base: base - last + 7)
+    for _ in range(3):
+        async with gateway.running() as run:
+            run.write(5)  # the second crosses it
+            await run.acknowledged()
+    assert (await judged(broker, gateway)).ok
+
+
+async def test_a_topic_that_was_removed_is_filled_again(gateway: Gateway, broker: Broker) -> None:
+    async with gateway.running() as run:
+        run.write(10)
+        await run.acknowledged()
+    await admin(broker, lambda client: client.delete_topics([gateway.config.topic("telemetry")]))
+    async with gateway.running() as run:
+        run.write(10)
+        await run.acknowledged()
+    assert (await judged(broker, gateway)).records == 40
+
+
+async def test_a_producer_that_the_broker_has_forgotten_goes_on(gateway: Gateway, broker: Broker) -> None:
+    async with gateway.running() as run:
+        run.write(10)
+        await run.acknowledged()
+    gateway.change_identity(lambda state: state._replace(pid=state.pid + 1_000_000))
+    async with gateway.running() as run:
+        run.write(10)
+        await run.acknowledged()
+    assert (await judged(broker, gateway)).ok
+
+
+@pytest.mark.parametrize("shift", [100, 1 << SEQUENCE_BITS, 2 << SEQUENCE_BITS])
+async def test_a_place_that_the_broker_does_not_accept_is_given_up_for_a_new_identity(
+    gateway: Gateway, broker: Broker, monkeypatch: pytest.MonkeyPatch, shift: int
+) -> None:
+    """As with a state directory that was copied: numbers that do not fit, an epoch too low, and before the first."""
+    monkeypatch.setattr(module, "HIDDEN_NS", 0)
+    async with gateway.running() as run:
+        run.write(10)
+        await run.acknowledged()
+        gateway.records(1)  # a gap: the epoch after the first
+        run.write(10)
+        await run.acknowledged()
+    before = gateway.identity()
+    gateway.change_bases(lambda base: base + shift)
+    async with gateway.running() as run:
+        run.write(10)
+        await run.acknowledged()
+    assert gateway.identity().pid != before.pid
+    assert [part.gaps for part in (await judged(broker, gateway)).partitions] == [1, 1]
+
+
+# --- the disk, and the broker's own limits ----------------------------------------------------------------------------
+
+
+async def test_a_disk_that_cannot_be_read_stops_nothing_that_is_in_memory(gateway: Gateway, broker: Broker) -> None:
+    async with gateway.running() as run:
+        run.write(10)
+        await run.acknowledged()
+        run.reader.close()
+        run.write(10)
+        await run.acknowledged()
+        broker.kill()
+        broker.start()
+        run.write(10)
+        await run.acknowledged()
+    assert (await judged(broker, gateway)).records == 60
+
+
+@pytest.mark.parametrize(("limit", "shift_ns"), [("before", 0), ("after", 2**62)])
+async def test_records_whose_time_the_broker_refuses_are_sent_without_it(
+    gateway: Gateway, broker: Broker, limit: str, shift_ns: int
+) -> None:
+    topic = gateway.config.topic("telemetry")
+    settings = {f"message.timestamp.{limit}.max.ms": "3600000"}
+    await admin(broker, lambda client: client.create_topics([NewTopic(topic, 2, 1, topic_configs=settings)]))
+    gateway.shift_ns = shift_ns
+    async with gateway.running() as run:
+        for _ in range(3):
+            run.write(10)
+            await run.acknowledged()
+    found = await judged(broker, gateway)
+    assert found.ok
+    assert found.records == 60
+    assert {(kind, details["topic"]) for kind, details in gateway.events} == {
+        (EventType.KAFKA_TIMESTAMP_REFUSED, topic)
+    }
+    assert [record.timestamp async for record in read(broker.bootstrap, topic)] == [-1] * 60
+
+
+# --- two gateways for one arm -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_claims")
+async def test_a_gateway_that_was_cut_off_and_replaced_yields(
+    gateway: Gateway, broker: Broker, proxy: Proxy, tmp_path: Path
+) -> None:
+    other = Gateway(tmp_path / "other", gateway.arm, broker.bootstrap)
+    async with gateway.running() as first:
+        first.write(10)
+        await first.acknowledged()
+        async with other.running() as second:
+            await until(lambda: second.publisher.state == "contested")
+            assert str(gateway.stream) in other.told[-1][1]
+            assert first.publisher.claim.ours()
+            assert not second.publisher.claim.ours()
+            proxy.cut()
+            second.write(10)
+            await second.acknowledged()
+            assert not first.publisher.claim.ours()
+            first.write(10)
+            proxy.flow()
+            await until(lambda: first.publisher.state == "contested")
+            assert str(other.stream) in gateway.told[-1][1]
+            assert not first.publisher.claim.ours()
+            second.write(10)
+            await second.acknowledged()
+        await first.up()  # the other has ended in order, and given up its claim
+        first.write(10)
+        await first.acknowledged()
+    found = await judge(broker.bootstrap, gateway.arm)
+    assert (found.streams, found.total("repeats"), found.total("gaps")) == (2, 0, 0), str(found)
+    assert found.records == 2 * (gateway.newest + other.newest)
+
+
+def test_of_two_gateways_for_one_arm_one_publishes_and_the_other_takes_over(
+    broker: Broker, tmp_path: Path, arm_name: str
+) -> None:
+    first, second = (Arm(arm_name, tmp_path / name, broker.bootstrap) for name in ("first", "second"))
+    try:
+        first.start()
+        first.wait_status(lambda status: status["kafka"]["state"] == "up", "connected to the broker")
+        second.start(online=False)
+        second.wait_status(lambda status: status["kafka"]["state"] == "contested", "contested")
+        produce(first, "commands", 0, [command_record("once", "nobody", 0.0, ttl_ms=60_000, age_ms=0)])
+        wait_outcome(first, "once")
+        with closing(JournalReader(second.state / "journal.db")) as reader:
+            assert reader.partition_entries("outcomes", 0, 0, 1) == [], "the other takes no commands"
+        streams = {sample.stream for samples in see(first).of.values() for sample in samples}
+        assert len(streams) == 1
+        first.kill()
+        second.wait_status(lambda status: status["kafka"]["state"] == "up", "took over")
+        contested = wait_event(second, "kafka.contested")
+        assert str(*streams) in contested["detail"]
+        second.stop()
+        found = see(second).verdict
+        assert found.streams == 2
+        assert [found.total(kind) for kind in ("gaps", "repeats", "disorders")] == [0, 0, 0], str(found)
+    finally:
+        assert not [*first.close(), *second.close()]
+
+
+async def admin(broker: Broker, act: Callable[[AIOKafkaAdminClient], Awaitable[Any]]) -> None:
+    """Do something with an admin client."""
+    client = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
+    await client.start()
+    try:
+        await act(client)
+    finally:
+        await client.close()
