@@ -124,7 +124,7 @@ class Order:
     """One thing for one motor to do, already validated against its limits.
 
     ``value``: rad, rad/s or N m, by kind. ``velocity_rad_s``: the speed a position is approached with. ``within_rad``:
-    where a velocity or torque may drive the motor; beyond, it is stopped (``drivers.cycle``).
+    where a velocity or torque may drive the motor; beyond, it is stopped (``drivers.orders``).
     """
 
     kind: Kind

@@ -16,7 +16,7 @@ from typing import Any, Final, Generic
 
 from drivers.clock import MS, MonotonicNs, after, monotonic_ns
 from drivers.errors import MotorRefused
-from drivers.family import Exchange, Family, Procedure, Ready, W
+from drivers.family import Exchange, Procedure, Ready, W
 from drivers.motor import DRIVES, ENDS_MOTION, OVERTAKES, SETPOINTS, Feedback, Kind, Order
 from drivers.notices import AnyNotice, MotorStopped, OrderDone, OrderFailed
 from drivers.turns import Job, Tracked, Turns
@@ -85,7 +85,8 @@ class Orders(Generic[W]):
         self._waiting: deque[Ticket] = deque()
         self._jobs: list[_Told | _Firing] = []  # under way, one a motor at most
         self._starved = 0
-        self._to_halt: set[int] = set()
+        self._to_halt: set[int] = set()  # until each has acknowledged a stop, or is offline
+        self._unheard: set[int] = set()  # to be halted once, whether or not they answer
         self._halted_ns = 0
         self._stops: list[_Stopping] = []
         turns.queues.append(self._jobs)
@@ -182,6 +183,7 @@ class Orders(Generic[W]):
         """A motor is there (again): one that is latched is stopped."""
         if tracked.latched:
             self._to_halt.add(tracked.motor.index)
+            self._unheard.add(tracked.motor.index)
 
     def went_offline(self, tracked: Tracked) -> None:
         """A motor is gone: an emergency stop does not wait for it."""
@@ -224,13 +226,15 @@ class Orders(Generic[W]):
                 return None
         for one in tickets:
             self._waiting.remove(one)
-        jobs = [_Told(self._tracked[one.motor], self._procedure(one), ticket=one) for one in tickets]
+        jobs = [
+            _Told(self._tracked[one.motor], self._procedure(one, alone=not one.group), ticket=one) for one in tickets
+        ]
         self._jobs += jobs
         return jobs[0]
 
-    def _procedure(self, ticket: Ticket) -> Procedure[Any, Any, Any]:
+    def _procedure(self, ticket: Ticket, *, alone: bool) -> Procedure[Any, Any, Any]:
         tracked = self._tracked[ticket.motor]
-        tell = tracked.family.prepare if ticket.group else tracked.family.order
+        tell = tracked.family.order if alone else tracked.family.prepare
         return tell(tracked.motor.bus_id, ticket.order)
 
     def _step_told(self, job: _Told, until: MonotonicNs) -> None:
@@ -250,10 +254,9 @@ class Orders(Generic[W]):
             self._jobs.remove(job)
             again = refusal.reason == "no_reply" and job.tries < ORDER_TRIES and monotonic_ns() < ticket.expires_ns
             if again:
-                tell = tracked.family.order if job.fired else None  # alone, if the others of its group have begun
-                procedure = tell(tracked.motor.bus_id, ticket.order) if tell else self._procedure(ticket)
-                told = _Told(tracked, procedure, ticket=ticket, tries=job.tries + 1, fired=job.fired)
-                self._jobs.append(told)
+                alone = job.fired or not ticket.group  # the others of its group have begun
+                procedure = self._procedure(ticket, alone=alone)
+                self._jobs.append(_Told(tracked, procedure, ticket=ticket, tries=job.tries + 1, fired=job.fired))
             elif job.fired:
                 self._fail(ticket, refusal.reason, refusal.detail)
             else:
@@ -389,7 +392,7 @@ class Orders(Generic[W]):
 
     def _latch(self, ticket: Ticket) -> None:
         """Stop motors, and refuse all that could move them; or take that back."""
-        motors = [*self._tracked] if ticket.motor == ALL else [ticket.motor]
+        motors: list[int] = [*self._tracked] if ticket.motor == ALL else [ticket.motor]
         if ticket.motor not in (ALL, *self._tracked):
             self._drop(ticket, "unknown_motor", f"this bus has no motor {ticket.motor}")
             return
@@ -397,6 +400,7 @@ class Orders(Generic[W]):
         for motor in motors:
             self._tracked[motor].latched = stop
         if not stop:
+            self._reset(motors)
             self._notices.append(OrderDone(ticket.number, ticket.motor, "reset"))
             return
         detail = "an emergency stop came in between; its effect is unknown"
@@ -409,20 +413,29 @@ class Orders(Generic[W]):
         online = {motor for motor in motors if self._tracked[motor].online}
         self._stops.append(_Stopping(ticket, set(online)))
         self._to_halt |= online
-        self._halted_ns = 0
+        self._unheard.update(motors)
         self._tell_stops()
+
+    def _reset(self, motors: Iterable[int]) -> None:
+        self._to_halt.difference_update(motors)
+        self._unheard.difference_update(motors)
+        for stop in [stop for stop in self._stops if not stop.motors.isdisjoint(motors)]:
+            self._stops.remove(stop)
+            self._fail(stop.ticket, "newer_command", "reset before every motor had acknowledged it")
 
     def _halt(self, until: MonotonicNs) -> bool:
         """The quickest stop there is: at once, and then once a period until each motor has acknowledged a stop."""
         now = monotonic_ns()
-        if not self._to_halt or (
-            self._halted_ns and (now > until or now - self._halted_ns < self._turns.timing.period_ns)
-        ):
+        again = self._to_halt and now < until and now - self._halted_ns >= self._turns.timing.period_ns
+        if not self._unheard and not again:
             return False
         self._halted_ns = now
+        motors: list[int] = sorted(self._to_halt | self._unheard)
+        self._unheard.clear()
         self._turns.drain()
         for family in self._turns.families:
-            exchange = family.halt([self._tracked[m].motor.bus_id for m in self._of(family)])
+            here = [tracked for motor in motors if (tracked := self._tracked[motor]).family is family]
+            exchange = family.halt([tracked.motor.bus_id for tracked in here])
             if exchange.requests:
                 deadline = after(monotonic_ns(), 2 * self._turns.least(family))
                 for _ in self._turns.perform(family, exchange, deadline):
@@ -430,9 +443,6 @@ class Orders(Generic[W]):
         for motor in self._to_halt:
             self._stop_alone(motor)
         return True
-
-    def _of(self, family: Family[Any, Any]) -> list[int]:
-        return [motor for motor in sorted(self._to_halt) if self._tracked[motor].family is family]
 
     def _has_stopped(self, motor: int) -> None:
         self._to_halt.discard(motor)

@@ -104,6 +104,11 @@ class Gateway:
         """Make ``run`` return: polling ends, what was accepted is kept, and Kafka gets what it takes in time."""
         self._stop.set()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether ``stop`` was called."""
+        return self._stop.is_set()
+
     def leave(self, why: str) -> Left:
         """Set the journal aside, when ``run`` has ended; what is known of it, from here where that is more."""
         left = set_aside(self._state.journal, why)
@@ -406,6 +411,8 @@ async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, 
                 if isinstance(error, sqlite3.Error) and not is_broken(error):
                     raise
                 left = gateway.leave(f"broke: {error}")
+            if gateway.stopping:
+                return None
 
 
 async def _run_once(gateway: Gateway, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None) -> None:

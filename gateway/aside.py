@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gateway.journal import JournalError, Lost, read_rows
 from gateway.telemetry import by_partition
+from gateway.wal import wal_path
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +51,9 @@ def set_aside(path: Path, why: str) -> Left:
         raise JournalError(f"journal {path}: {why}, and cannot be set aside: {error}") from error
     log.error("journal %s: %s: set aside as %s, a new stream begins", path, why, aside)
     left = Left(aside, why)
-    with (
-        contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(f"file:{aside}?mode=ro", uri=True)) as db,
-    ):
+    # without a WAL, SQLite need not make one to read it
+    how = "mode=ro" if wal_path(aside).exists() else "mode=ro&immutable=1"
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(f"file:{aside}?{how}", uri=True)) as db:
         _salvage(db, left)
     return left
 

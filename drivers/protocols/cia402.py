@@ -42,6 +42,7 @@ from drivers.protocols._canopen import (
     MOST_MAPPED,
     NO_REMOTE,
     NODES,
+    ON_EVENT,
     OUT_OF_RANGE,
     PDOS,
     SYNC_FRAME,
@@ -370,7 +371,9 @@ class Cia402(Family[CanFrame, CanFrame]):
         if trigger := TRIGGERS.get(known.mode):
             found = yield from self._read_pdo(bus_id, FIRST_RPDO + trigger.number)
             if found is not None:
-                known.rpdo = Pdo(Cob.RPDO1 + 0x100 * trigger.number + bus_id, 1, trigger.mapping)
+                transmission = found.transmission if found.valid and found.transmission not in ON_EVENT else 1
+                cob_id = found.cob_id & NO_REMOTE | Cob.RPDO1 + 0x100 * trigger.number + bus_id
+                known.rpdo = Pdo(cob_id, transmission, trigger.mapping)
                 changes.append((FIRST_RPDO + trigger.number, found, known.rpdo))
         changes = [(index, found, wanted) for index, found, wanted in changes if found != wanted]
         if not changes:

@@ -529,17 +529,17 @@ class Damiao(Family[CanFrame, CanFrame]):
     def halt(self, bus_ids: Iterable[int]) -> Exchange[CanFrame, CanFrame]:
         """One burst: velocity 0, or the order to hold where it was seen last, behind a change of mode if need be."""
         frames = []
-        enabled = [bus_id for bus_id in bus_ids if self._known[bus_id].state == State.ENABLED]
-        for bus_id in enabled:
+        asked = [bus_id for bus_id in bus_ids if self._known[bus_id].state in {None, State.ENABLED}]
+        for bus_id in asked:
             known = self._known[bus_id]
-            if known.mode == Mode.VEL:
+            if known.mode == Mode.VEL or known.state is None:  # of which nothing is known: in other modes it is ignored
                 frames.append(make_vel(bus_id, 0.0))
                 continue
             if known.mode != Mode.POS_VEL:
                 known.mode = None
                 frames.append(_make_mode(bus_id, Mode.POS_VEL))
             frames.append(make_pos_vel(bus_id, known.position_rad, HOLD_VELOCITY_RAD_S))
-        return Exchange(frames, frozenset(enabled), self._feedback)
+        return Exchange(frames, frozenset(asked), self._feedback)
 
     def _arm(self, bus_id: int) -> Procedure[CanFrame, CanFrame, None]:
         """Set TIMEOUT, unless it is known to be set."""

@@ -333,7 +333,7 @@ class RmdX(Family[CanFrame, CanFrame]):
         """The frame itself, if it can be a motor's reply."""
         if unit.extended or unit.can_id - REPLY_ID not in self.bus_ids:
             return ()
-        if len(unit.data) != 8:
+        if len(unit.data) != 8 and unit.data != bytes((Command.TIMED_OUT,)):  # which is told to come without data
             self.garbage += unit.can_id - REPLY_ID in self.motors
             return ()
         return (unit,)

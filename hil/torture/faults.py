@@ -226,10 +226,13 @@ def read_only(rig: Rig, chance: random.Random) -> str:
             rig.kill()
             rig.wait_ended()
             mount("-o", "remount,ro", str(rig.arm.state))
+        rig.read_only = True
     try:
         rig.wait(seconds)
     finally:
-        mount("-o", "remount,rw", str(rig.arm.state))
+        with rig.process:
+            mount("-o", "remount,rw", str(rig.arm.state))
+            rig.read_only = False
     return f"for {seconds:.1f} s, {how}"
 
 

@@ -75,13 +75,14 @@ class Follower:
         """The newest that was seen; 0: none."""
         return max((tail.seq for tail in tuple(self._tails[motor])), default=0)
 
-    def is_live(self, since_ns: int, without: Collection[str] = ()) -> bool:
-        """Whether every motor, ``without`` some, comes to the topic as it is sampled, and no backlog drains.
+    def not_live(self, since_ns: int, without: Collection[str] = ()) -> list[str]:
+        """The motors, ``without`` some, that do not come to the topic as they are sampled, or drain a backlog.
 
         What was seen before monotonic ``since_ns`` says nothing.
         """
         since, wall = max(since_ns, monotonic_ns() - LIVE_NS), self._wall()
-        return all(self._is_live(tails, since, wall) for motor, tails in self._tails.items() if motor not in without)
+        watched = {motor: tails for motor, tails in self._tails.items() if motor not in without}
+        return [motor for motor, tails in watched.items() if not self._is_live(tails, since, wall)]
 
     def _is_live(self, tails: deque[Tail], since: int, wall: int) -> bool:
         recent = [tail for tail in tuple(tails) if tail.seen_ns > since]

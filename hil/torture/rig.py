@@ -108,6 +108,8 @@ class Rig:
         self.kept = Kept()
         self.left_at_stop = 0  # records that a stop in order left to the next start
         self.flipped = False  # bits of the journal were changed
+        self.read_only = False  # the state directory is: a gateway that is started now has to refuse, and end
+        self._lives_read_only = False
         self._killed = True
         self._stopping = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
@@ -156,7 +158,7 @@ class Rig:
         while not self._stopping.wait(RESTART_S):
             with self.process, contextlib.suppress(ArmError):
                 if not self.arm.running and not self._stopping.is_set():
-                    if not self._killed:
+                    if not (self._killed or self._lives_read_only):
                         self.ended.append(self.arm.log_tail)
                     self._start()
             now = monotonic_ns()
@@ -166,7 +168,7 @@ class Rig:
                     self.lives[-1].memory.append((now, pss_mb(self.arm.pid)))
 
     def _start(self) -> None:
-        self._killed = False
+        self._killed, self._lives_read_only = False, self.read_only
         self.arm.start(online=False)
         self.lives.append(Life(monotonic_ns()))
 
@@ -193,11 +195,21 @@ class Rig:
         """Return when the topic follows live, with how many nanoseconds that took; None if it never did."""
         began = monotonic_ns()
         deadline = after(began, int(LIVE_WITHIN_S * SECOND))
-        while not self.follower.is_live(began, self.silent):
+        while self.follower.not_live(began, self.silent):
             if not left_s(deadline):
                 return None
             self.wait(0.05)
         return monotonic_ns() - began
+
+    def why_not_live(self) -> str:
+        """What is known of it when the topic does not follow."""
+        behind = ", ".join(self.follower.not_live(0, self.silent))
+        try:
+            status = self.arm.status()
+            told = f"kafka {status['kafka']}, lag {[motor['lag'] for motor in status['motors']]}"
+        except (OSError, ValueError) as error:
+            told = f"no status: {error}"
+        return f"not live: {behind}; the gateway {'runs' if self.arm.running else 'does not run'}, {told}"
 
     def finish(self) -> list[str]:
         """Heal, let everything reach the topic, and stop in order; what went wrong with that."""

@@ -113,6 +113,8 @@ def _cause(fault: Fault, rig: Rig, chance: random.Random, result: Result, tell: 
         return
     took_ns = rig.wait_live()
     recover_s = None if took_ns is None else took_ns / SECOND
+    if took_ns is None:
+        what += f" ({rig.why_not_live()})"
     result.caused.append(Caused(fault.name, what, round(at_s, 3), recover_s))
     tell(
         f"{at_s:7.1f} s  {fault.name} {what}: "

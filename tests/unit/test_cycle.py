@@ -1324,6 +1324,30 @@ def test_estop_does_not_wait_for_a_motor_that_is_offline(clock: Clock) -> None:
     assert end.detail == "latched; 2 stopped; offline: joint2"
 
 
+def test_estop_is_said_once_to_motors_too_that_do_not_answer(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.motor(1).faults.silent = True  # it may hear
+    rig.run(500)
+    rig.submit(Kind.ESTOP, ALL)
+    rig.run(30)
+    assert [1, 2, 3] in plain(rig).halts
+    assert all(2 not in halt for halt in plain(rig).halts[1:])
+
+
+def test_estop_that_is_reset_before_its_time_says_so(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    rig.motor(1).faults.silent = True
+    estop = rig.submit(Kind.ESTOP, ALL)
+    rig.run(50)
+    reset = rig.submit(Kind.RESET_ESTOP, ALL)
+    assert ends(rig, [estop, reset]) == ["newer_command", "done"]
+    halts = len(plain(rig).halts)
+    rig.run(100)
+    assert len(plain(rig).halts) == halts
+
+
 def test_latched_motor_takes_nothing_but_stops_until_the_stop_is_reset(clock: Clock) -> None:
     rig, _ = make_plain_rig(clock)
     rig.connect()
@@ -1376,7 +1400,8 @@ def test_latch_outlasts_the_bus(clock: Clock) -> None:
     rig.bus = MemoryBus(rig.simulated)
     rig.cycle.attach(rig.bus)
     rig.run(1000)
-    assert sorted(bus_id for halt in plain(rig).halts for bus_id in set(halt)) == [1, 2, 3]
+    assert plain(rig).halts[0] == [1, 2, 3]
+    assert [order.kind for order in plain(rig).orders] == [Kind.STOP] * 3
     assert ends(rig, [rig.submit(Kind.ENABLE, 0)]) == ["estop_latched"]
 
 
