@@ -6,7 +6,7 @@ another fault.
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
@@ -59,7 +59,7 @@ def check(raw: Raw) -> Iterator[Finding]:
             yield from _watchdog(steps, bus["rate_hz"], watchdog_ms, members[name or ""])
             has_wire = bus.get("interface") != "virtual" or (raw.get("simulation") or {}).get("wire_time")
             if has_wire:
-                yield from _wire_time(steps, bus, members[name or ""])
+                yield from _wire_time(steps, bus, members[name or ""], watchdog=bool(watchdog_ms))
 
 
 def _tables(raw: Raw, key: str) -> list[Placed]:
@@ -198,11 +198,14 @@ def _watchdog(steps: Steps, rate_hz: float, watchdog_ms: float | None, members: 
         )
 
 
-def _wire_time(steps: Steps, bus: Raw, members: Sequence[Placed]) -> Iterator[Finding]:
+def _wire_time(steps: Steps, bus: Raw, members: Sequence[Placed], *, watchdog: bool) -> Iterator[Finding]:
     """A rate that the bus cannot carry, even if every motor replied at once."""
     key, unit = ("bitrate", "bit/s") if bus["type"] == "can" else ("baudrate", "baud")
     bits_per_s = bus.get(key, BITS_PER_S)
-    by_family = _by_family(members)
+    by_family = {
+        name: [replace(motor, watchdog_ns=int(watchdog)) for motor in motors]  # what feeds one takes its time, too
+        for name, motors in _by_family(members).items()
+    }
     bits = sum(protocols.load(name).poll_bits(motors) for name, motors in by_family.items())
     if bits_per_s is None or bits * bus["rate_hz"] <= bits_per_s:
         return
