@@ -35,18 +35,20 @@ from drivers.notices import (
     SamplesLost,
 )
 from gateway import kafka_commands, local_commands, plans
-from gateway.aside import Left, set_aside
+from gateway.aside import Left, set_aside, without_successor
 from gateway.board import Board, MotorView
 from gateway.commander import Commander
 from gateway.config import Config
 from gateway.event_time import EventTime
 from gateway.events import ARM, EventType, make_event
-from gateway.journal import Journal, JournalBroken, JournalReader, ProducerState, is_broken
+from gateway.evidence import read_evidence, why_behind
+from gateway.journal import Changes, Journal, JournalBroken, JournalError, JournalReader, ProducerState, is_broken
 from gateway.kafka import TopicMismatch
 from gateway.publisher import JournalBehind, Publisher
 from gateway.recent import Recent
 from gateway.simulator import SimulatorPlan
 from gateway.state_dir import StateDir
+from gateway.wal import commits_cut_off
 from gateway.workers import Worker, keep_running
 from gateway.writer import Committed, LogWriter
 
@@ -57,6 +59,7 @@ STATUS_TICKS = 10
 # together with the workers' and Kafka's own, even if everything hangs: a stop takes five seconds at most
 DRAIN_S = 1.0
 WRITER_STOP_S = 1.0
+CANCEL_AGAIN_S = 1.0  # a library may take a cancellation for its own
 REMEMBER_S = 1.0
 READER_BUSY_S = 0.1  # the event loop waits for nobody's lock
 
@@ -64,22 +67,25 @@ READER_BUSY_S = 0.1  # the event loop waits for nobody's lock
 class Gateway:
     """Runs one arm. ``board`` is there to be looked at; ``run`` returns when ``stop`` was called."""
 
-    def __init__(self, config: Config, state: StateDir, left: Left | None = None) -> None:
+    def __init__(
+        self, config: Config, state: StateDir, left: Left | None = None, stop: asyncio.Event | None = None
+    ) -> None:
         """Opens the journal: raises JournalError if it does not fit, JournalBroken if it cannot be read.
 
-        The state directory must be locked. ``left`` is known of the journal that this one succeeds.
+        The state directory must be locked. ``left`` is known of the journal that this one succeeds; ``stop``,
+        when it is set, is a call of ``stop``.
         """
         self._config = config
         self._state = state
-        self._left = left
-        motors = {motor.partition: motor.name for motor in config.motors}
-        journal = Journal(state.journal, config.arm.name, motors, config.journal.max_mb << 20)
-        self._time = EventTime(max(head.sampled_at_ns for head in journal.heads.values()))
-        self._writer = LogWriter(journal, self._time, config.journal.flush_ms, published=config.kafka is not None)
+        journal, self._left = _open_journal(config, state, left)
+        newest_ns = max(head.sampled_at_ns for head in journal.heads.values())
+        self._time = EventTime(max(newest_ns, self._left.newest_ns if self._left else 0))
+        published = config.kafka is not None
+        self._writer = LogWriter(journal, self._time, config.journal.flush_ms, state.whole, published=published)
         self._reader = JournalReader(state.journal, READER_BUSY_S, self._writer.check)
         self._recent = Recent(journal.row, journal.entry)
         self.stream = journal.stream
-        self.board = Board(config, self._time, journal.path)
+        self.board = Board(config, self._time, journal.path, journal.stream)
         self._commander = Commander(config, self._reader, self._writer, self.board, self._time, self._send)
         worker_plans = plans.worker_plans(config, state.simulated)
         self._workers = {bus.name: Worker(bus.name, worker_plans[bus.name], self) for bus in config.buses}
@@ -90,6 +96,7 @@ class Gateway:
                 self._reader,
                 dict(journal.heads),
                 self._recent,
+                state.owner(),
                 bookmark=self._writer.published,
                 changed=self._kafka_changed,
                 event=self._event,
@@ -98,16 +105,11 @@ class Gateway:
             if config.kafka
             else None
         )
-        self._stop = asyncio.Event()
+        self._stop = stop or asyncio.Event()
 
     def stop(self) -> None:
         """Make ``run`` return: polling ends, what was accepted is kept, and Kafka gets what it takes in time."""
         self._stop.set()
-
-    @property
-    def stopping(self) -> bool:
-        """Whether ``stop`` was called."""
-        return self._stop.is_set()
 
     def leave(self, why: str) -> Left:
         """Set the journal aside, when ``run`` has ended; what is known of it, from here where that is more."""
@@ -115,6 +117,10 @@ class Gateway:
         left.stream = self.stream
         left.seqs |= self._writer.seqs()
         left.inbox |= self._writer.inbox()
+        left.newest_ns = max(left.newest_ns, self._time.now())
+        left.commands |= {state.id: state for state in self._commander.memory()}
+        # what became of these was never told: the successor ends them
+        left.commands |= {state.id: state._replace(final=False) for state in self._writer.unsaved_commands()}
         if self._publisher:
             left.acknowledged |= {at: self._publisher.acknowledged(at) for at in self.board.motors}
         return left
@@ -152,8 +158,8 @@ class Gateway:
         self._event(EventType.JOURNAL_SET_ASIDE, path=str(left.path), reason=left.why, stream=left.stream)
         for (source, partition), upto in left.inbox.items():
             self._writer.read_upto(None, (source, partition, upto))
-        if self._publisher:
-            self._writer.lost_before(left.stream, left.unacknowledged(), f"its journal was set aside: {left.why}")
+        lost = left.lost(published=self._publisher is not None)
+        self._writer.lost_before(left.stream, lost, f"its journal was set aside: {left.why}")
 
     async def _drain(self) -> None:
         """Give the broker what it takes in time, from memory if the disk is sick."""
@@ -326,6 +332,8 @@ class Gateway:
     def saved(self, row: int, entry: int) -> None:
         """The disk has what it did not take before."""
         self._recent.saved(row, entry)
+        if self._publisher:
+            self._publisher.committed(())  # outcomes wait for this
 
     def forgotten(self, rows: Collection[int], entries: Collection[int]) -> None:
         """Memory was full of what the disk does not take."""
@@ -389,6 +397,44 @@ class Gateway:
             await asyncio.wait_for(self._writer.durable(), REMEMBER_S)
 
 
+def _open_journal(config: Config, state: StateDir, left: Left | None) -> tuple[Journal, Left | None]:
+    """The journal, a new one in place of one that lost records, and what is left of the one before if it is new.
+
+    ``left``: as given to ``Gateway``; what is known of it goes over.
+    """
+
+    def opened() -> Journal:
+        return Journal(state.journal, config.arm.name, motors, config.journal.max_mb << 20)
+
+    motors = {motor.partition: motor.name for motor in config.motors}
+    evidence = read_evidence(state.status)
+    commits = 0
+    with contextlib.suppress(OSError):  # SQLite says better what is wrong
+        commits = commits_cut_off(state.journal)
+    if commits:  # SQLite has not opened it yet, and forgotten them
+        left = set_aside(state.journal, f"lost its newest records: {commits} commits lie behind damage in its WAL")
+    journal = opened()
+    if why := why_behind(journal, state.whole, evidence):
+        journal.db.close()
+        left = set_aside(state.journal, why)
+        journal = opened()
+    if not left and not journal.row and not journal.entry:
+        left = without_successor(state.journal)
+    if left:
+        left.learn(evidence)
+        try:
+            journal.commit(Changes(commands=list(left.commands.values()), inbox=left.inbox))
+        except sqlite3.OperationalError as error:  # the next start tries again: nothing is in it yet
+            journal.db.close()
+            raise JournalError(f"journal {state.journal}: {error}") from error
+        left.commands.clear()
+    if not journal.marked:
+        with contextlib.suppress(OSError, sqlite3.OperationalError):  # a sick disk: not marked in this run
+            state.whole.touch()
+            journal.mark()
+    return journal, left
+
+
 async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None) -> None:
     """Lock the state directory and run the arm's gateway until SIGINT or SIGTERM; ``ready`` runs beside it.
 
@@ -397,29 +443,34 @@ async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, 
     state = StateDir(config.arm.state_dir)
     with state.locked():
         left = None
-        while True:
+        stop = _stop_signal()
+        while not stop.is_set():
             try:
-                gateway = Gateway(config, state, left)
+                gateway = Gateway(config, state, left, stop)
             except JournalBroken as error:
                 left = set_aside(state.journal, f"cannot be read: {error}")
                 continue
             try:
-                return await _run_once(gateway, ready)
+                await _run_once(gateway, ready)
+                return
             except JournalBehind as error:
                 left = gateway.leave(f"lost its newest records: {error}")
             except (JournalBroken, sqlite3.DatabaseError) as error:
                 if isinstance(error, sqlite3.Error) and not is_broken(error):
                     raise
                 left = gateway.leave(f"broke: {error}")
-            if gateway.stopping:
-                return None
+
+
+def _stop_signal() -> asyncio.Event:
+    """Set by SIGINT or SIGTERM, whatever gateway runs by then."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # not loop.add_signal_handler: it loses a signal while the loop's pipe is full of the writer's wakes
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    return stop
 
 
 async def _run_once(gateway: Gateway, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # not loop.add_signal_handler: it loses a signal while the loop's pipe is full of the writer's wakes
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(gateway.stop))
     beside = asyncio.create_task(ready(gateway)) if ready else None
     try:
         await gateway.run()
@@ -437,8 +488,11 @@ async def _run_when_there(worker: Worker, links: Sequence[Path]) -> None:
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
     for result in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(result, Exception) and not isinstance(result, TopicMismatch | JournalBehind | JournalBroken):
             log.error("while stopping: %s", result)

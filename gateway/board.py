@@ -89,9 +89,10 @@ class BusView:
 class Board:
     """All motors by partition, all buses by name, and the broker."""
 
-    def __init__(self, config: Config, time: EventTime, journal: Path) -> None:
+    def __init__(self, config: Config, time: EventTime, journal: Path, stream: int = 0) -> None:
         self._time = time
         self.journal = journal
+        self.stream = stream
         self.arm = config.arm.name
         self.motors = {motor.partition: MotorView(motor) for motor in config.motors}
         self.buses = {bus.name: BusView(bus.name, bus.rate_hz) for bus in config.buses}
@@ -143,7 +144,7 @@ class Board:
             "arm": self.arm,
             "at_ns": self._time.now(),
             "kafka": {"state": self.kafka, "detail": self.kafka_detail},
-            "journal": {"path": str(self.journal), "detail": self.journal_detail},
+            "journal": {"path": str(self.journal), "stream": self.stream, "detail": self.journal_detail},
             "buses": [self._bus(view) for view in self.buses.values()],
             "motors": [self._motor(view) for _, view in sorted(self.motors.items())],
         }

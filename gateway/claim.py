@@ -2,7 +2,7 @@
 
     committed offset of group servo.<arm>.gateway, partition 0 of the commands topic:
         offset    counter, one more at each renewal
-        metadata  {"stream": whose, "counter": ..., "host": where}
+        metadata  {"owner": whose, "stream": ..., "counter": ..., "host": where}
 
 Of two gateways with the arm's name the second sees the first one's counter go on, and stays away. A claim that stands
 still for LAPSE_S may be taken over; its holder stops by itself before that (``ours``), and yields when it finds
@@ -45,6 +45,7 @@ class ClaimLapsed(Exception):
 
 
 class _Holder(msgspec.Struct, frozen=True):
+    owner: str
     stream: int
     counter: int
     host: str
@@ -60,13 +61,14 @@ class Clients(NamedTuple):
 class Claim:
     """This gateway's claim to publish for the arm and to take its commands."""
 
-    def __init__(self, config: Config, stream: int) -> None:
+    def __init__(self, config: Config, owner: str, stream: int) -> None:
+        """``owner`` outlives streams: a journal that was set aside leaves its claim to the next one."""
         assert config.kafka is not None  # noqa: S101  callers have a broker
         self._arm = config.arm.name
         self._settings = config.kafka
         self._group = f"servo.{config.arm.name}.gateway"
         self._tp = TopicPartition(config.topic("commands"), 0)
-        self._mine = _Holder(stream, 0, socket.gethostname())
+        self._mine = _Holder(owner, stream, 0, socket.gethostname())
         self._trusted_until = 0
         self._granted = True  # by the broker's access rules
         self._hurry = asyncio.Event()
@@ -111,7 +113,7 @@ class Claim:
             seen_ns, told = monotonic_ns(), False
             while True:
                 found = await self._read()
-                if found and found.stream == self._mine.stream:
+                if found and found.owner == self._mine.owner:
                     return await self._write()
                 if found is None or (found == seen and monotonic_ns() - seen_ns > LAPSE_S * SECOND):
                     await self._write()

@@ -110,6 +110,10 @@ class Commander:
             outcome = Outcome(state.id, state.motor, State.FAILED, self._time.now(), 0, Reason.INTERRUPTED, detail)
             self._conclude(outcome, None)
 
+    def memory(self) -> list[CommandState]:
+        """The newest ids that were used, oldest first; perhaps not in the journal yet."""
+        return list(self._recent.values())
+
     async def handle(self, records: Sequence[Incoming]) -> None:
         """Check records in their order, and write down the accepted ones with one commit; then they are sent on."""
         waiting = []

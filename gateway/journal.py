@@ -7,6 +7,7 @@
     published   how far the broker has acknowledged
     producer    who the gateway is to the broker, and bases: where each partition's Kafka sequence numbers begin
     damaged     rows of telemetry that cannot be read any more, and whose loss was told
+    sizes       the first row, the bytes of entries, and whether the marker of a whole journal was made
 
 One process writes (the gateway, held to it by ``gateway.state_dir``), any number read. All numbers (row and entry ids,
 sequence numbers) are given before (``gateway.stamp``); a commit only writes them down. A telemetry record's offset in
@@ -131,7 +132,9 @@ class ProducerState(NamedTuple):
     cluster: str
     pid: int
     epoch: int
-    bases: dict[tuple[str, int], int]  # (topic, partition) -> seq of the record whose Kafka sequence number is 0
+    bases: dict[tuple[str, int], int]
+    """{(topic, partition): seq of the record at position 0}; negative where numbers were left out: a position counts
+    epochs, too (``gateway.producer``)."""
 
 
 @dataclass(slots=True)
@@ -262,6 +265,7 @@ class Journal:
         positions = self.db.execute("SELECT source, partition, next FROM inbox")
         self.inbox = {(source, partition): upto for source, partition, upto in positions}
         self._entry_bytes: int = self._one("SELECT value FROM sizes WHERE name = 'entries'")
+        self.marked = bool(self._one("SELECT count(*) FROM sizes WHERE name = 'marked'"))
         self.heads = {partition: Head(0, 0) for partition in motors}
         since = 0
         for partition, seq, at_ns, row in self.db.execute("SELECT * FROM heads"):
@@ -275,6 +279,11 @@ class Journal:
                 self.heads = {at: Head(head.seq + row.most, head.sampled_at_ns) for at, head in self.heads.items()}
             else:
                 _advance(self.heads, row.records)
+
+    def mark(self) -> None:
+        """From now on the marker of a whole journal is missed (``gateway.evidence``). Raises sqlite3.Error."""
+        self.db.execute("INSERT OR REPLACE INTO sizes VALUES ('marked', 1)")
+        self.marked = True
 
     def commit(self, *changes: Changes) -> None:
         """Write ``changes`` in one transaction.

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
@@ -52,22 +52,40 @@ def _ssl_context(kafka: Kafka) -> ssl.SSLContext:
     return context
 
 
+def is_cancelled() -> bool:
+    """Whether this task is to end: aiokafka lets cancellations of its own tasks out."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 async def stop(client: Any) -> None:
     """Stop an aiokafka client, however its broker is; nothing of it sends any more afterwards."""
+    if await _ended(client.stop()):
+        return
+    # a producer waits for its last batches, for ever (aiokafka#1101), and its sender for answers
+    sender = getattr(client, "_sender", None)
+    if sender and sender.sender_task:
+        client._message_accumulator.fail_all(ProducerClosed())
+        sender.sender_task.cancel()
+    await _ended((client.client if sender else client._client).close())
+    if sender and sender.sender_task:
+        await asyncio.wait([sender.sender_task], timeout=STOP_S)
+
+
+async def _ended(closing: Coroutine[Any, Any, None]) -> bool:
+    """Whether a client's closing came to an end in time. A cancellation of its own making is one, too."""
+    task = asyncio.ensure_future(closing)
     try:
-        await asyncio.wait_for(client.stop(), STOP_S)
-    except TimeoutError:
-        # a producer waits for its last batches, for ever (aiokafka#1101), and its sender for answers
-        sender = getattr(client, "_sender", None)
-        if sender and sender.sender_task:
-            client._message_accumulator.fail_all(ProducerClosed())
-            sender.sender_task.cancel()
-        with contextlib.suppress(TimeoutError, KafkaError, OSError):
-            await asyncio.wait_for((client.client if sender else client._client).close(), STOP_S)
-        if sender and sender.sender_task:
-            await asyncio.wait([sender.sender_task], timeout=STOP_S)
-    except (KafkaError, OSError) as error:
+        await asyncio.wait([task], timeout=STOP_S)
+    finally:
+        task.cancel()
+    if not task.done():
+        return False
+    if not task.cancelled() and (error := task.exception()):
+        if not isinstance(error, KafkaError | OSError | TimeoutError):
+            raise error
         log.debug("stopping a Kafka client: %s", error)
+    return True
 
 
 @contextlib.asynccontextmanager
@@ -89,7 +107,7 @@ async def admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
         yield client
     finally:
         with contextlib.suppress(TimeoutError, KafkaError, OSError):
-            await asyncio.wait_for(client.close(), STOP_S)
+            await _ended(client.close())
 
 
 async def ensure_topics(config: Config) -> str:

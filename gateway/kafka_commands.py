@@ -53,6 +53,9 @@ async def follow(
                         positions.update({record.partition: record.offset + 1 for record in records})
         except kafka.TopicMismatch:
             log.debug("the commands topic is not there yet; the publisher makes it")
+        except asyncio.CancelledError:
+            if kafka.is_cancelled():
+                raise
         except Exception as error:
             if not told:
                 told = True

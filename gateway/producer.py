@@ -9,6 +9,7 @@ pid is kept, and a batch's place in its sequence follows from the records themse
 So a request that was sent before and one that is sent now compete for the same place, and the broker takes one of them.
 A partition that has to leave numbers out gets a base that puts its next record at the beginning of an epoch: the broker
 takes sequence number 0 of a higher epoch from an idempotent producer, and nothing of a lower one after it (KIP-360).
+Such a base is ``seq - position``, and negative: it carries the epochs that the partition has gone through.
 """
 
 from typing import Any

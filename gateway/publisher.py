@@ -17,6 +17,7 @@ import sqlite3
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import msgspec
@@ -33,6 +34,7 @@ from aiokafka.structs import RecordMetadata
 from drivers.clock import MS, SECOND, after, left_s, monotonic_ns
 from gateway import kafka, telemetry
 from gateway.claim import Claim, ClaimLapsed, ClaimLost
+from gateway.commands import State, decode_outcome
 from gateway.config import Config
 from gateway.events import EventType
 from gateway.journal import JournalReader, ProducerState, StoredEntry
@@ -195,7 +197,11 @@ class TelemetryLane(Lane):
 
 
 class EntryLane(Lane):
-    """One partition of events or outcomes."""
+    """One partition of events or outcomes.
+
+    What an accepted command becomes is not published from memory: if the gateway were killed before the journal has
+    it, the next run would know nothing of the command, or end it a second time.
+    """
 
     def __init__(self, name: str, topic: str, partition: int, reader: JournalReader, recent: Recent) -> None:
         super().__init__(name, topic, partition)
@@ -215,8 +221,14 @@ class EntryLane(Lane):
         entries = self._recent.entries(self.name, self.partition, self.seq, BATCH_RECORDS)
         if entries is None:
             entries = self._reader.partition_entries(self.name, self.partition, self.seq, BATCH_RECORDS)
-        self._dirty = len(entries) == BATCH_RECORDS
-        return [self._item(entry) for entry in entries]
+        ready = list(takewhile(self._ready, entries))
+        self._dirty = len(entries) == BATCH_RECORDS or len(ready) < len(entries)
+        return [self._item(entry) for entry in ready]
+
+    def _ready(self, entry: StoredEntry) -> bool:
+        if self.name != "outcomes" or entry.id <= self._recent.saved_entry:
+            return True
+        return decode_outcome(entry.value).state in {State.REJECTED, State.EXPIRED}  # never accepted
 
     def _item(self, entry: StoredEntry) -> Item:
         header = (SEQ_HEADER, f"{self._stream}/{entry.seq}".encode())
@@ -240,7 +252,8 @@ class EntryLane(Lane):
 class Publisher:
     """Keeps the arm's telemetry, events and outcomes flowing to the broker.
 
-    ``heads`` are the newest records that the journal held when this run began; ``recent`` holds what has come since.
+    ``heads`` are the newest records that the journal held when this run began; ``recent`` holds what has come since;
+    ``owner`` is who claims the arm (``StateDir.owner``).
     ``bookmark`` is called with (topic, partition, seq, row) as the broker acknowledges; ``changed`` with the state
     (``up``, ``down``, ``refused``, ``contested``) and what is wrong, when that changes; ``event`` with what else is
     worth telling. ``remember`` writes down who we are to the broker, before that is used.
@@ -252,6 +265,7 @@ class Publisher:
         reader: JournalReader,
         heads: Mapping[int, Head],
         recent: Recent,
+        owner: str,
         *,
         bookmark: Callable[[str, int, int, int], None],
         changed: Callable[[str, str], None],
@@ -286,7 +300,7 @@ class Publisher:
         self._wake = asyncio.Event()
         self._failure: BaseException | None = None
         self._told_timestamps = False
-        self.claim = Claim(config, reader.stream)
+        self.claim = Claim(config, owner, reader.stream)
         self.state = "down"
 
     # -- what the log tells --------------------------------------------------------------------------------------
@@ -327,6 +341,10 @@ class Publisher:
                 self._tell("contested", str(error))
             except (KafkaError, OSError, TimeoutError, ClaimLapsed, NoPlace) as error:
                 self._tell("down", f"{type(error).__name__}: {error}")
+            except asyncio.CancelledError:
+                if kafka.is_cancelled():
+                    raise
+                self._tell("down", "a client of ours was cancelled by its own library")
             except Exception as error:
                 log.exception("publishing failed; trying again")
                 self._tell("down", f"{type(error).__name__}: {error}")
@@ -340,7 +358,7 @@ class Publisher:
         """Wait until the broker has everything, at most ``timeout_s``."""
         deadline = after(monotonic_ns(), int(timeout_s * SECOND))
         while any(lane.busy or lane.pending() for lane in self._lanes):
-            if self.state != "up" or not left_s(deadline):
+            if self.state in {"refused", "contested"} or not left_s(deadline):
                 return False
             await asyncio.sleep(0.01)
         return True

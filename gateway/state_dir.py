@@ -2,15 +2,18 @@
 
 lock          held by the one gateway that runs this arm
 journal.db    the log (gateway.journal), written by that gateway only
+journal.whole is there while the journal holds everything that was given out (gateway.evidence)
 cursors/      where named readers of the journal left off (gateway.cursor)
 commands.db   commands put in on this machine (gateway.local_commands)
 status.json   rewritten every second
+owner         who this is to gateways on other machines (gateway.claim)
 sim/          links to the pseudo-terminals of simulated motors
 """
 
 import contextlib
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ class StateDir:
         self.path = path
         self.journal = path / "journal.db"
         self.commands = path / "commands.db"
+        self.whole = path / "journal.whole"
         self.status = path / "status.json"
         self.simulated = path / "sim"
         self._lock = path / "lock"
@@ -61,6 +65,19 @@ class StateDir:
                 file.write(f"{os.getpid()}\n")
                 file.flush()
             yield
+
+    def owner(self) -> str:
+        """Who the gateway of this directory is to other machines: made once, kept for as long as the directory."""
+        path = self.path / "owner"
+        with contextlib.suppress(FileNotFoundError):
+            if found := path.read_text().strip():
+                return found
+        made = secrets.token_hex(8)
+        try:
+            path.write_text(f"{made}\n")
+        except OSError as error:
+            raise StateDirError(f"{path}: {error}") from error
+        return made
 
     def running_pid(self) -> int | None:
         """The process of the gateway that holds the lock; None if there is none."""

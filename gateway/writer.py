@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -50,6 +51,7 @@ ROW_BYTES = 2 << 10  # what a row costs in memory beside its records
 HOUSEKEEPING_NS = SECOND
 HANG_NS = SECOND  # a commit that takes longer hangs
 RETRY_NS = SECOND // 4
+UNMARK_S = 0.05  # how long is waited for the marker to go; on a disk that hangs it may take any time
 SICK_FLUSH_S = 0.02  # how long rows gather while the disk does not take them
 
 
@@ -108,8 +110,15 @@ class _Piece:
 class LogWriter:
     """Owns the journal from ``start`` to ``stop``. All methods may be called from any thread."""
 
-    def __init__(self, journal: Journal, time: EventTime, flush_ms: float, *, published: bool) -> None:
+    def __init__(self, journal: Journal, time: EventTime, flush_ms: float, whole: Path, *, published: bool) -> None:
+        """``whole``: the marker of a journal that holds everything (``gateway.evidence``), made by who opened it.
+
+        ``published``: whether there is a broker that records are given to, perhaps before the disk has them.
+        """
         self._journal = journal
+        self._whole = whole
+        self._marked = True
+        self._unmarking: threading.Thread | None = None
         self._time = time
         self._stamp = Stamp(
             journal.stream, journal.heads, time, journal.row, journal.entry, journal.entry_heads
@@ -163,7 +172,9 @@ class LogWriter:
             self._notify()
 
     def lost_before(self, stream: int | None, lost: Sequence[Lost], reason: str) -> None:
-        """Records of an earlier stream are gone."""
+        """Records of an earlier stream are gone; if nobody knows which (None), there are no numbers to tell."""
+        if stream is None:
+            return
         with self._wake:
             self._tell_lost(lost, reason, stream)
             self._notify()
@@ -244,6 +255,11 @@ class LogWriter:
         """{(source, partition): next to read} of every source of commands."""
         with self._wake:
             return dict(self._inbox)
+
+    def unsaved_commands(self) -> list[CommandState]:
+        """Command ids whose state no commit has taken yet."""
+        with self._wake:
+            return [state for piece in (*self._unsaved, self._gathering) for state in piece.changes.commands]
 
     def stop(self, timeout_s: float) -> bool:
         """Commit what is pending and end the thread. False if the disk did not let it within ``timeout_s``."""
@@ -377,6 +393,7 @@ class LogWriter:
                 self._journal.db.close()
             with self._wake:
                 self._failing, self._in_flight, self._busy_since = True, 0, 0
+                self._unmark()
                 self._number()
                 self._tell_unsaved()
             if isinstance(error, sqlite3.Error) and is_broken(error):
@@ -403,6 +420,8 @@ class LogWriter:
             if work:
                 tried_at = now
                 self._commit(work)
+                if not self._marked:
+                    self._mark()
             if not (self._failing or stopping) and (self._suspects or now - housekeeping_at > HOUSEKEEPING_NS):
                 housekeeping_at = now
                 self._keep_house()
@@ -456,7 +475,41 @@ class LogWriter:
             self._failing = True
             log.error("journal %s: %s; going on from memory", self._journal.path, error)
             self._tell(self._listener.disk_failed, error)
+            self._unmark()
         self._tell_unsaved()
+
+    def _unmark(self) -> None:
+        """From here on the broker may have what the journal has not. The lock is held."""
+        if self._acknowledged is None or not self._marked:
+            return
+        self._marked = False
+        self._unmarking = threading.Thread(target=self._remove_marker, name="log-unmark", daemon=True)
+        self._unmarking.start()
+        self._unmarking.join(UNMARK_S)
+
+    def _remove_marker(self) -> None:
+        try:
+            self._whole.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("%s: cannot be removed: %s", self._whole, error)
+
+    def _mark(self) -> None:
+        """The journal holds everything again. On the writer's thread; only without a sign of a sick disk."""
+        with self._wake:
+            if self._failing or any(piece.told for piece in self._unsaved):
+                return
+            self._busy_since = monotonic_ns()
+        if self._unmarking:
+            self._unmarking.join()
+        made = False
+        with contextlib.suppress(OSError):  # tried again behind the next commit
+            self._whole.touch()
+            made = True
+        with self._wake:
+            self._busy_since = 0
+            self._marked = made
+            if self.failing:  # meanwhile: it took too long
+                self._unmark()
 
     def _keep_house(self) -> None:
         """What the next commit writes beside what has come in: bookmarks, heads, losses that were found, a trim."""

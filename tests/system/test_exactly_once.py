@@ -44,6 +44,7 @@ class Gateway:
         self.shift_ns = 0
         with closing(self.journal()) as journal:
             self.stream = journal.stream
+        self.owner = f"owner of {self.stream}"
         self._numbering = Numbering(self.stream)
         self.newest = 0  # number of each motor
 
@@ -102,6 +103,7 @@ class Run:
             reader,
             dict(journal.heads),
             self._recent,
+            gateway.owner,
             bookmark=lambda *at: None,
             changed=gateway.changed,
             event=lambda kind, **details: gateway.events.append((kind, details)),

@@ -49,6 +49,7 @@ def test_it_ends_in_time_without_its_broker_and_publishes_the_rest_next_time(
     accepted = arm.journal_ends()
     come_back(own_broker)
     arm.start()
+    arm.wait_status(lambda status: status["kafka"]["state"] == "up", "Kafka up")
     arm.stop()
     proven = proof("broker away at the end", arm, {})
     assert not proven.faults
@@ -95,6 +96,7 @@ def test_a_journal_that_fell_behind_its_topics_is_set_aside_and_a_new_stream_beg
     journal = arm.state / "journal.db"
     former = journal.read_bytes()
     arm.start()
+    arm.wait_status(lambda status: status["kafka"]["state"] == "up", "Kafka up")
     arm.stop()
     journal.write_bytes(former)
     for rest in ("-wal", "-shm"):

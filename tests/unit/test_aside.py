@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import sqlite3
 from collections.abc import Iterator
@@ -11,13 +12,17 @@ from typing import Any
 
 import pytest
 
-from drivers.clock import epoch_ns
+from drivers.clock import SECOND, epoch_ns
 from drivers.motor import Kind
 from gateway import local_commands
 from gateway.app import Gateway, run_gateway
 from gateway.aside import Left, set_aside
 from gateway.commands import Command, encode_command
-from gateway.journal import Changes, Journal, JournalError, JournalReader, Lost
+from gateway.config import Config
+from gateway.evidence import Evidence
+from gateway.journal import Changes, CommandState, Journal, JournalError, JournalReader, Lost
+from gateway.state_dir import StateDir
+from gateway.wal import wal_path
 from tests.gateway_parts import DEADLINE_S, KAFKA, MOTORS, Numbering, make_config, until
 
 
@@ -44,10 +49,10 @@ def test_what_can_be_read_is_known_of_a_whole_one(tmp_path: Path) -> None:
     stream = write(path)
     left = set_aside(path, "for a test")
     assert left == Left(
-        tmp_path / "journal.aside-1", "for a test", stream, MOTORS, {0: 80, 1: 40}, {0: 50},
-        {("local", 0): 7, ("kafka", 1): 9},
+        tmp_path / "journal.aside-1", "for a test", stream, MOTORS, {0: 80, 1: 40}, {0: 80, 1: 40}, {0: 50},
+        {("local", 0): 7, ("kafka", 1): 9}, 80,
     )  # fmt: skip
-    assert left.unacknowledged() == [Lost(0, 51, 80), Lost(1, 1, 40)]
+    assert left.lost(published=True) == [Lost(0, 51, 80), Lost(1, 1, 40)]
     assert [file.name for file in tmp_path.iterdir()] == ["journal.aside-1"]
 
 
@@ -60,6 +65,45 @@ def test_damaged_one_is_kept_byte_for_byte_and_says_what_it_still_can(tmp_path: 
         assert left.path == tmp_path / f"journal.aside-{number}"
         assert left.path.read_bytes() == data
         assert (left.stream is None) == (kept < 3 * 4096)
+
+
+def test_status_file_knows_more_of_its_own_stream_and_of_one_that_nobody_knows() -> None:
+    def left(stream: int | None) -> Left:
+        return Left(Path(), "", stream, MOTORS, {0: 80}, {0: 80}, {0: 50, 1: 3}, newest_ns=5)
+
+    known = Evidence(9, 7, {0: 90, 1: 20}, {0: 85, 1: 0})
+    for stream in (9, None):
+        both = left(stream)
+        both.learn(known)
+        assert (both.stream, both.newest_ns) == (9, 7)
+        assert both.lost(published=True) == [Lost(0, 86, 90), Lost(1, 4, 20)]
+        assert both.lost(published=False) == [Lost(0, 81, 90), Lost(1, 1, 20)]
+    other = left(8)
+    other.learn(known)
+    other.learn(None)
+    assert other == left(8)
+
+
+def test_ids_of_commands_are_known_as_far_as_damage_lets_them(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    states = [CommandState(f"c{number}", number != 700, number, "joint1") for number in range(3000)]
+    with closing(Journal(path, "arm1", MOTORS, 1 << 30)) as journal:
+        journal.commit(Changes(commands=states))
+    assert list(set_aside(path, "for a test").commands.values()) == states
+    path = tmp_path / "journal.aside-1"
+    with closing(sqlite3.connect(path)) as db:
+        sql = "SELECT pageno FROM dbstat WHERE name = 'commands' AND pagetype = 'leaf' ORDER BY path"
+        try:
+            page = db.execute(sql).fetchall()[-10][0]
+        except sqlite3.OperationalError:
+            pytest.skip("this SQLite has no dbstat")
+    with path.open("r+b") as file:
+        file.seek(4096 * (page - 1))
+        file.write(b"\xa5" * 4096)
+    known = set_aside(path, "for a test").commands
+    assert known["c700"] == states[700]
+    assert known["c2999"] == states[2999]
+    assert 1500 < len(known) < 3000
 
 
 def test_wal_goes_with_its_journal(tmp_path: Path) -> None:
@@ -164,3 +208,121 @@ async def test_gateway_that_cannot_read_its_journal_tells_what_is_gone_and_goes_
     with closing(JournalReader(path)) as reader:
         assert reader.inbox("local") == {0: 7}
         assert reader.inbox("kafka") == {1: 9}
+
+
+async def successor(config: Config) -> tuple[int, list[dict[str, Any]]]:
+    """Run a gateway until it has told what it found; its stream, and its events."""
+    path = config.arm.state_dir / "journal.db"
+    gateways: list[Gateway] = []
+
+    async def ready(gateway: Gateway) -> None:
+        gateways.append(gateway)
+
+    with signals_kept():
+        running = asyncio.create_task(run_gateway(config, ready))
+        await until(lambda: len(gateways) == 1 and len(events(path)) > 0)
+        gateways[0].stop()
+        async with asyncio.timeout(DEADLINE_S):
+            await running
+    return gateways[0].stream, events(path)
+
+
+def status_of(stream: int, seqs: dict[int, int], at_ns: int) -> dict[str, Any]:
+    motors = [{"partition": at, "seq": seq, "lag": None} for at, seq in seqs.items()]
+    return {"at_ns": at_ns, "journal": {"stream": stream}, "motors": motors}
+
+
+async def test_journal_that_is_behind_the_status_file_is_set_aside_and_what_is_gone_is_told(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config.arm.state_dir.mkdir()
+    state = StateDir(config.arm.state_dir)
+    stream = write(state.journal)
+    ahead_ns = epoch_ns() + 3600 * SECOND  # the wall clock was set back meanwhile
+    state.write_status(status_of(stream, {0: 85, 1: 40}, ahead_ns))
+    new, told = await successor(config)
+    assert new != stream
+    aside, *gaps = [event for event in told if event["type"] in {"journal.set_aside", "telemetry.gap"}]
+    assert aside["reason"] == "lost its newest records: joint1 was at seq 85, the journal ends at 80"
+    spans = [(gap["motor"], gap["stream"], gap["from_seq"], gap["to_seq"]) for gap in gaps]
+    assert spans == [("joint1", stream, 81, 85)]
+    assert all(event["at_ns"] >= ahead_ns for event in told)
+
+
+@pytest.mark.parametrize("seqs", [{0: 80, 1: 40}, {0: 0, 1: 0}, {5: 100}])
+async def test_journal_that_is_not_behind_goes_on(tmp_path: Path, seqs: dict[int, int]) -> None:
+    config = make_config(tmp_path)
+    config.arm.state_dir.mkdir()
+    state = StateDir(config.arm.state_dir)
+    stream = write(state.journal)  # never marked: as one of an earlier version
+    state.write_status(status_of(stream, seqs, 1))
+    assert (await successor(config))[0] == stream
+    state.write_status(status_of(stream + 1, {0: 1000}, 1))  # of another stream
+    assert (await successor(config))[0] == stream
+
+
+async def test_journal_whose_wal_is_damaged_is_set_aside_and_all_that_it_held_is_known(tmp_path: Path) -> None:
+    config = make_config(tmp_path, KAFKA)
+    config.arm.state_dir.mkdir()
+    path = config.arm.state_dir / "journal.db"
+    numbering = Numbering()
+    with closing(Journal(tmp_path / "running.db", "arm1", MOTORS, 1 << 30)) as journal:
+        for _ in range(20):
+            journal.commit(Changes(batch=numbering.batch([0] * 50)))
+        for suffix in ("", "-wal"):  # as a kill leaves them
+            shutil.copy(tmp_path / f"running.db{suffix}", f"{path}{suffix}")
+        stream = journal.stream
+    with wal_path(path).open("r+b") as file:
+        file.seek(-20_000, 2)
+        file.write(b"\xa5")
+    new, told = await successor(config)
+    assert new != stream
+    gaps = [event for event in told if event["type"] == "telemetry.gap"]
+    assert [(gap["stream"], gap["from_seq"], gap["to_seq"]) for gap in gaps] == [(stream, 1, 1000)]
+
+
+async def test_journal_whose_marker_was_taken_away_is_set_aside(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    stream, _ = await successor(config)
+    state = StateDir(config.arm.state_dir)
+    assert state.whole.exists()
+    state.whole.unlink()
+    new, told = await successor(config)
+    assert new != stream
+    reason = next(event["reason"] for event in told if event["type"] == "journal.set_aside")
+    assert "lacks records that were given out" in reason
+    assert (await successor(config))[0] == new
+
+
+async def test_what_the_old_stream_left_unfinished_ends_in_the_new_one_and_ids_stay_known(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    await successor(config)
+    state = StateDir(config.arm.state_dir)
+    with closing(Journal(state.journal, "arm1", MOTORS, 1 << 30)) as journal:
+        commands = [CommandState("open", False, 1, "joint1"), CommandState("over", True, 2, "joint2")]
+        journal.commit(Changes(commands=commands))
+    state.whole.unlink()
+    await successor(config)
+    with closing(JournalReader(state.journal)) as reader:
+        outcomes = [json.loads(entry.value) for entry in reader.entries(0, 100, "outcomes")]
+        told = [(outcome["command_id"], outcome["state"], outcome["reason"]) for outcome in outcomes]
+        assert told == [("open", "failed", "interrupted")]
+        assert reader.unfinished_commands() == []
+        assert reader.command("over") == commands[1]
+
+
+async def test_run_that_ends_between_two_journals_is_made_up_for_by_the_next(tmp_path: Path) -> None:
+    config = make_config(tmp_path, KAFKA)
+    config.arm.state_dir.mkdir()
+    state = StateDir(config.arm.state_dir)
+    stream = write(state.journal)
+    set_aside(state.journal, "for a test")
+    with closing(Journal(state.journal, "arm1", MOTORS, 1 << 30)):
+        pass  # and then it was killed
+    _, told = await successor(config)
+    aside, *gaps = [event for event in told if event["type"] in {"journal.set_aside", "telemetry.gap"}]
+    assert (aside["stream"], aside["path"]) == (stream, str(config.arm.state_dir / "journal.aside-1"))
+    assert [(gap["stream"], gap["from_seq"], gap["to_seq"]) for gap in gaps] == [(stream, 51, 80), (stream, 1, 40)]
+    with closing(JournalReader(state.journal)) as reader:
+        assert reader.inbox("kafka") == {1: 9}
+    _, told = await successor(config)
+    assert [event["type"] for event in told].count("journal.set_aside") == 1

@@ -46,7 +46,9 @@ class Rig:
         config = loads(text, directory / "arm.toml")
         self.path = path = directory / "journal.db"
         time = EventTime()
-        self.writer = LogWriter(Journal(path, "arm1", MOTORS, 1 << 30), time, 1.0, published=False)
+        self.writer = LogWriter(
+            Journal(path, "arm1", MOTORS, 1 << 30), time, 1.0, path.with_suffix(".whole"), published=False
+        )
         self.reader = JournalReader(path)
         self.memory = JournalReader(path)  # the commander's own
         self.board = Board(config, time, path)

@@ -180,7 +180,7 @@ def gaps(path: Path) -> list[tuple[str, int, int]]:
 async def run_writer(path: Path, suspects: Sequence[int] = (), told: int = 0) -> None:
     """One run of the gateway's writer over the journal, until it has told of as many gaps."""
     journal = open_journal(path)
-    writer = LogWriter(journal, EventTime(), 0.1, published=False)
+    writer = LogWriter(journal, EventTime(), 0.1, path.with_suffix(".whole"), published=False)
     writer.start(Heard(), asyncio.get_running_loop())
     for row in suspects:
         writer.check(row)

@@ -142,6 +142,50 @@ def test_order_and_spacing_of_samples_survive(offsets_ms: list[int], step_ns: in
     assert (gaps <= np.diff(at)).all()
 
 
+class Busy:
+    """Clocks of a process that loses the CPU for ``away_ns`` after some readings of either clock."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self.away_ns: list[int] = []
+        self.stepped_ns = 0
+
+    def monotonic(self) -> int:
+        return self._passing()
+
+    def wall(self) -> int:
+        return START + self.stepped_ns + self._passing()
+
+    def _passing(self) -> int:
+        at = self.now_ns
+        self.now_ns += self.away_ns.pop(0) if self.away_ns else 1000
+        return at
+
+
+@given(st.lists(st.sampled_from([1000, 200 * MS, SECOND]), max_size=40), st.integers(1, 20))
+def test_process_that_loses_the_cpu_between_the_clocks_sees_no_step(away_ns: list[int], checks: int) -> None:
+    clocks = Busy()
+    time = EventTime(0, clocks.monotonic, clocks.wall)
+    clocks.away_ns = list(away_ns)
+    last = time.now()
+    for _ in range(checks):
+        assert time.check() == 0
+        assert time.now() >= last
+        last = time.now()
+
+
+def test_step_is_seen_in_spite_of_a_busy_cpu_with_its_size() -> None:
+    clocks = Busy()
+    time = EventTime(0, clocks.monotonic, clocks.wall)
+    clocks.stepped_ns = SECOND
+    clocks.away_ns = [200 * MS, 1000, 1000, 1000, 200 * MS]
+    assert abs(time.check() - SECOND) < MS
+    clocks.stepped_ns = 2 * SECOND
+    clocks.away_ns = [200 * MS] * 12
+    assert time.check() == 0  # no reading says anything
+    assert abs(time.check() - SECOND) < MS
+
+
 def test_goes_on_behind_the_run_before() -> None:
     clocks = Clocks()
     time = clocks.event_time(not_before=START + HOUR)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gateway import publisher as module
 from gateway import recent, telemetry
+from gateway.commands import Outcome, State
 from gateway.journal import Batch, Changes, Journal, JournalReader, ProducerState, StoredEntry
 from gateway.producer import (
     EPOCH_MOST,
@@ -238,6 +239,26 @@ def test_entry_lane_takes_every_entry_once_and_in_order_in_bounded_batches(journ
         assert [item.seq for item in lane.take()] == [14]
 
 
+def outcome(number: int, state: State) -> StoredEntry:
+    entry = Outcome("c1", "joint1", state, 1, 1).entry(0)
+    return StoredEntry(number, "outcomes", 0, number, 1, entry.key, entry.value)
+
+
+def test_what_an_accepted_command_becomes_waits_for_the_disk_and_is_overtaken_by_nothing(journal: Journal) -> None:
+    states = [State.REJECTED, State.EXPIRED, State.ACCEPTED, State.REJECTED, State.DONE]
+    recent = Recent(0, 0)
+    recent.append(None, [outcome(number, state) for number, state in enumerate(states, start=1)])
+    with closing(JournalReader(journal.path)) as reader:
+        lane = EntryLane("outcomes", "servo.arm1.outcomes", 0, reader, recent)
+        assert [item.seq for item in lane.take()] == [1, 2]
+        lane.acknowledged(2, 2)
+        for saved, sent in ((2, []), (3, [3, 4]), (5, [3, 4, 5])):
+            recent.saved(0, saved)
+            assert lane.pending()
+            assert [item.seq for item in lane.take()] == sent
+        assert not lane.pending()
+
+
 @pytest.mark.parametrize("header", [None, b"", b"x/1", b"1/x", b"\xff/1", b"5"])
 def test_entry_without_our_header_is_a_foreign_record(journal: Journal, header: bytes | None) -> None:
     with closing(JournalReader(journal.path)) as reader:
@@ -260,6 +281,7 @@ def test_publisher_has_a_lane_for_all_that_the_arm_writes(journal: Journal, tmp_
             reader,
             {},
             newest,
+            "owner",
             bookmark=lambda *at: told.append(at),
             changed=lambda *state: told.append(state),
             event=lambda kind, **details: told.append(kind),
@@ -270,6 +292,7 @@ def test_publisher_has_a_lane_for_all_that_the_arm_writes(journal: Journal, tmp_
         assert lanes == {(f"servo.arm1.{topic}", partition) for topic in topics for partition in (0, 1)}
         entries = make_entries("outcomes", 1, 1) + make_entries("unknown", 5, 1, first_id=2)
         newest.append(Batch(1, Numbering().records([1])), entries)
+        newest.saved(1, 2)
         publisher.committed(entries)
         pending = {(lane.name, lane.partition) for lane in publisher._lanes if lane.pending() and lane.take()}
         assert pending == {("telemetry", 1), ("outcomes", 1)}

@@ -18,7 +18,7 @@ from drivers.clock import SECOND
 from gateway import journal as journal_module
 from gateway import writer as module
 from gateway.event_time import EventTime
-from gateway.journal import Changes, CommandState, Entry, Journal, JournalReader, ProducerState, StoredEntry
+from gateway.journal import Changes, CommandState, Entry, Journal, JournalReader, Lost, ProducerState, StoredEntry
 from gateway.wal import holders
 from gateway.writer import Committed, LogWriter
 from tests.gateway_parts import DEADLINE_S, MOTORS, Numbering, make_samples, until, wait_for
@@ -81,10 +81,11 @@ class Heard:
 class Rig:
     def __init__(self, path: Path, flush_ms: float = 1.0, max_bytes: int = 1 << 30, *, published: bool = False) -> None:
         self.path = path / "journal.db"
+        self.whole = path / "journal.whole"
         self.journal = Journal(self.path, "arm1", MOTORS, max_bytes)
         self.wall_step_ns = 0
         time = EventTime(wall=lambda: 10**18 + self.wall_step_ns, monotonic=lambda: 10**9)
-        self.writer = LogWriter(self.journal, time, flush_ms, published=published)
+        self.writer = LogWriter(self.journal, time, flush_ms, self.whole, published=published)
         self.heard = Heard()
 
     def stored(self, partition: int = 0) -> list[int]:
@@ -270,7 +271,8 @@ async def test_sick_disk_delays_nobody_loses_and_repeats_nothing_and_is_told_onc
 
 @pytest.mark.usefixtures("patient")
 async def test_write_that_hangs_is_relieved_from_the_loop_and_told_once(tmp_path: Path) -> None:
-    async with writing(Rig(tmp_path)) as rig:
+    async with writing(Rig(tmp_path, published=True)) as rig:
+        rig.whole.touch()
         with rig.locked():
             rig.writer.samples(make_samples([0]))
             await until(rig.writer._hangs)
@@ -281,11 +283,44 @@ async def test_write_that_hangs_is_relieved_from_the_loop_and_told_once(tmp_path
             await until(lambda: rig.heard.seqs(0, saved=(False,)) == list(range(1, 12)))
             assert len(rig.heard.entries()) == 10
             assert rig.stored() == []
+            assert not rig.whole.exists()
         await rig.writer.durable()
         await until(lambda: len(rig.heard.disk) == 2)
     assert rig.stored() == rig.heard.seqs(0) == list(range(1, 12))
     assert rig.heard.disk[0].startswith("a write has not come back for")
     assert rig.heard.disk[1] == "recovered"
+
+
+async def test_marker_is_there_while_the_journal_holds_everything_that_was_told(tmp_path: Path) -> None:
+    async with writing(Rig(tmp_path, published=True)) as rig:
+        rig.whole.touch()
+        rig.writer.samples(make_samples([0]))
+        await rig.writer.durable()
+        assert rig.whole.exists()
+        with rig.locked():
+            rig.writer.samples(make_samples([0]))
+            await until(lambda: rig.heard.seqs(0, saved=(False,)) == [2])
+            assert not rig.whole.exists()
+        await until(rig.whole.exists)
+        assert rig.stored() == [1, 2]
+
+
+async def test_without_a_broker_nothing_is_given_out_that_the_journal_lacks(tmp_path: Path) -> None:
+    async with writing(Rig(tmp_path)) as rig:
+        rig.whole.touch()
+        with rig.locked():
+            rig.writer.samples(make_samples([0]))
+            await until(lambda: rig.heard.seqs(0, saved=(False,)) == [1])
+            assert rig.whole.exists()
+
+
+async def test_numbers_of_a_stream_that_nobody_knows_are_not_told(tmp_path: Path) -> None:
+    async with writing(Rig(tmp_path, published=True)) as rig:
+        rig.writer.lost_before(None, [Lost(0, 1, 5)], "for a test")
+        rig.writer.lost_before(7, [Lost(0, 6, 9)], "for a test")
+        await rig.writer.durable()
+        told = [json.loads(entry.value) for entry in rig.events()]
+        assert [(event["stream"], event["from_seq"], event["to_seq"]) for event in told] == [(7, 6, 9)]
 
 
 async def test_nothing_is_durable_while_the_disk_takes_nothing(tmp_path: Path) -> None:
