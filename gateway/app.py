@@ -450,6 +450,12 @@ async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, 
             except JournalBroken as error:
                 left = set_aside(state.journal, f"cannot be read: {error}")
                 continue
+            except JournalError as error:
+                if not state.release_reserve():
+                    raise
+                log.warning("%s; trying again with what was kept back of the disk", error)
+                continue
+            state.keep_reserve()
             try:
                 await _run_once(gateway, ready)
                 return

@@ -6,6 +6,7 @@ journal.whole is there while the journal holds everything that was given out (ga
 cursors/      where named readers of the journal left off (gateway.cursor)
 commands.db   commands put in on this machine (gateway.local_commands)
 status.json   rewritten every second
+reserve       a little of the disk, given back when a new journal has to begin while the rest is full
 owner         who this is to gateways on other machines (gateway.claim)
 sim/          links to the pseudo-terminals of simulated motors
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
+RESERVE_BYTES = 4 << 20  # a journal, its WAL and the WAL's index, with the ids that go over from the one before
 
 
 class StateDirError(Exception):
@@ -36,6 +39,7 @@ class StateDir:
         self.status = path / "status.json"
         self.simulated = path / "sim"
         self._lock = path / "lock"
+        self._reserve = path / "reserve"
 
     def make(self) -> None:
         """Create the directory. Raises StateDirError if that cannot be."""
@@ -65,6 +69,24 @@ class StateDir:
                 file.write(f"{os.getpid()}\n")
                 file.flush()
             yield
+
+    def keep_reserve(self) -> None:
+        """Keep a little of the disk back, if there is that much left."""
+        if self._reserve.exists():
+            return
+        try:
+            with self._reserve.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+        except OSError:
+            self.release_reserve()
+
+    def release_reserve(self) -> bool:
+        """Give it back to the disk; False if there is none."""
+        try:
+            self._reserve.unlink()
+        except OSError:
+            return False
+        return True
 
     def owner(self) -> str:
         """Who the gateway of this directory is to other machines: made once, kept for as long as the directory."""

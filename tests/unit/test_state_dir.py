@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.state_dir import StateDir, StateDirError
+from gateway.state_dir import RESERVE_BYTES, StateDir, StateDirError
 
 
 def test_second_gateway_is_refused_naming_the_process_of_the_first(tmp_path: Path) -> None:
@@ -98,3 +98,13 @@ def test_status_is_never_read_by_halves(tmp_path: Path) -> None:
     finally:
         writer.join()
     assert state.read_status()["number"] == 299
+
+
+def test_what_is_kept_back_of_the_disk_takes_room_and_is_given_back_once(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    state.keep_reserve()
+    (reserve,) = tmp_path.iterdir()
+    assert reserve.stat().st_blocks * 512 >= RESERVE_BYTES
+    assert state.release_reserve()
+    assert list(tmp_path.iterdir()) == []
+    assert not state.release_reserve()
