@@ -93,6 +93,7 @@ def steady(arm: Arm, seconds: float) -> Proof:
     """Undisturbed."""
     arm.start()
     phase = _pass(seconds)
+    arm.wait_caught_up()
     arm.stop()
     return proof("steady", arm, {"before": phase})
 
@@ -106,7 +107,7 @@ def outage(arm: Arm, broker: Broker, before_s: float, down_s: float, after_s: fl
     during = _pass(down_s)
     broker.start()
     afterwards = _pass(after_s)
-    arm.wait_status(lambda s: s["kafka"]["state"] == "up" and all(m["lag"] < 100 for m in s["motors"]), "caught up")
+    arm.wait_caught_up()
     arm.stop()
     return proof("outage", arm, {"before": before, "during": during, "after": afterwards})
 
@@ -118,6 +119,7 @@ def kills(arm: Arm, broker: Broker, moments: Sequence[str], seed: int, tell: Cal
         tell(f"kill {number} of {len(moments)}, {moment}: {_kill(arm, broker, moment, chance)}")
     arm.start()
     _pass(2)
+    arm.wait_caught_up()
     arm.stop()
     return proof("kills", arm, {})
 

@@ -211,6 +211,12 @@ class Arm:
         now = epoch_ns()
         self.wait(lambda: self._status_since(now, holds), what)
 
+    def wait_caught_up(self) -> None:
+        """Return when the broker has nearly all that the journal has."""
+        self.wait_status(
+            lambda s: s["kafka"]["state"] == "up" and all(motor["lag"] < 100 for motor in s["motors"]), "caught up"
+        )
+
     def _status_since(self, since_ns: int, holds: Callable[[dict[str, Any]], bool]) -> bool:
         try:
             status = self.status()

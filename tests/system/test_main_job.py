@@ -81,8 +81,7 @@ def test_a_broker_that_comes_later_gets_everything(own_broker: Broker, make_arm:
     arm.start()
     _, began_at_ns = pass_time(2)
     own_broker.start()
-    arm.wait_status(lambda status: status["kafka"]["state"] == "up", "connected to the broker")
-    pass_time(1)
+    arm.wait_caught_up()
     arm.stop()
     proven = proof("late broker", arm, {})
     assert not proven.faults

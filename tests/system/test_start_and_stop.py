@@ -19,6 +19,7 @@ STOPS_WITHIN_S = 5.0  # the requirement
 def test_a_signal_ends_it_with_everything_published(kafka: Kafka, make_arm: MakeArm, number: signal.Signals) -> None:
     arm = make_arm(kafka.bootstrap)
     arm.start()
+    arm.wait_caught_up()
     pass_time(1)
     status, took_s = arm.stop(number)
     assert status == 0
@@ -49,7 +50,7 @@ def test_it_ends_in_time_without_its_broker_and_publishes_the_rest_next_time(
     accepted = arm.journal_ends()
     come_back(own_broker)
     arm.start()
-    arm.wait_status(lambda status: status["kafka"]["state"] == "up", "Kafka up")
+    arm.wait_caught_up()
     arm.stop()
     proven = proof("broker away at the end", arm, {})
     assert not proven.faults
@@ -96,7 +97,7 @@ def test_a_journal_that_fell_behind_its_topics_is_set_aside_and_a_new_stream_beg
     journal = arm.state / "journal.db"
     former = journal.read_bytes()
     arm.start()
-    arm.wait_status(lambda status: status["kafka"]["state"] == "up", "Kafka up")
+    arm.wait_caught_up()
     arm.stop()
     journal.write_bytes(former)
     for rest in ("-wal", "-shm"):
