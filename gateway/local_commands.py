@@ -10,11 +10,12 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from gateway.auth import LOCAL
 from gateway.commander import Incoming
 
 log = logging.getLogger(__name__)
 
-SOURCE = "local"
+SOURCE = LOCAL
 POLL_S = 0.004
 KEPT = 10_000
 
