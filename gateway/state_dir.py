@@ -4,6 +4,7 @@ lock          held by the one gateway that runs this arm
 journal.db    the log (gateway.journal), written by that gateway only
 cursors/      where named readers of the journal left off (gateway.cursor)
 commands.db   commands put in on this machine (gateway.local_commands)
+estop.json    what is latched (gateway.latches)
 status.json   rewritten every second
 sim/          links to the pseudo-terminals of simulated motors
 """
@@ -29,6 +30,7 @@ class StateDir:
         self.path = path
         self.journal = path / "journal.db"
         self.commands = path / "commands.db"
+        self.latches = path / "estop.json"
         self.status = path / "status.json"
         self.simulated = path / "sim"
         self._lock = path / "lock"
