@@ -34,9 +34,12 @@ MOST = 20 << 20  # bytes of a record that this broker takes
 def patient(tmp_path: Path) -> Path:
     """The sample, in which a velocity is good for a minute."""
     path = tmp_path / "patient.toml"
-    text = SAMPLE_CONFIG.read_text()
-    path.write_text(text.replace('name = "sim-arm"\n', 'name = "sim-arm"\nsetpoint_timeout_ms = 60_000\n', 1))
+    path.write_text(patiently(SAMPLE_CONFIG.read_text()))
     return path
+
+
+def patiently(text: str) -> str:
+    return text.replace('name = "sim-arm"\n', 'name = "sim-arm"\nsetpoint_timeout_ms = 60_000\n', 1)
 
 
 def give(arm: Arm, command_id: str, motor: str, kind: str, **fields: Any) -> None:
@@ -138,6 +141,34 @@ def test_emergency_stop_reaches_the_other_buses_while_one_worker_hangs_and_that_
         assert state == "done"
     arm.wait_status(lambda status: all(motor["state"] == "online" for motor in status["motors"]), "all online again")
     wait_all_still(arm)
+
+
+# --- motors that stop themselves --------------------------------------------------------------------------------------
+
+
+def test_motor_that_gets_too_hot_stops_by_itself_until_its_fault_is_cleared(make_arm: MakeArm, tmp_path: Path) -> None:
+    sample = tmp_path / "careful.toml"
+    text = patiently(SAMPLE_CONFIG.read_text())
+    sample.write_text(text.replace("temperature_c", 'stop_on = ["over_temperature"]\ntemperature_c'))
+    arm = make_arm(motion="still", sample=sample)
+    arm.start()
+    run_all(arm)
+    arm.play({"joint6": "temperature_c = 67"})
+    arm.wait_status(lambda status: speeds(status)["joint6"] < STILL_RAD_S, "the hot one stands")
+    assert speeds(arm.status())["joint5"] > STILL_RAD_S
+    assert arm.status()["motors"][5]["latched"]["why"] == "67 C, limit 65 C"
+    give(arm, "hot", "joint6", "clear_fault")
+    assert final(arm, "hot")[:2] == ("rejected", "motor_latched")
+    arm.play({"joint6": "temperature_c = 30"})
+    arm.wait_status(lambda status: status["motors"][5]["temperature_c"] < 40, "it cools down")
+    give(arm, "before", "joint6", "velocity", value=SPEED_RAD_S)
+    assert final(arm, "before")[:2] == ("rejected", "motor_latched")
+    give(arm, "clear", "joint6", "clear_fault")
+    assert final(arm, "clear")[0] == "done"
+    give(arm, "after", "joint6", "velocity", value=SPEED_RAD_S)
+    assert final(arm, "after")[0] == "done", final(arm, "after")
+    told = [event["type"] for event in kept(arm, "events") if event["type"] in ("motor.latched", "motor.released")]
+    assert told == ["motor.latched", "motor.released"]
 
 
 # --- several motors in one command ------------------------------------------------------------------------------------

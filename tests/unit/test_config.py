@@ -272,8 +272,8 @@ RELATIONS = [
     (("rate_hz = 100", 'rate_hz = 100\nport = "x"'), '10: bus[0] "can0" port: unknown; known: bitrate, channel, data_bitrate, fd, interface, name, options, rate_hz, type'),
     (("id = 1\n", "id = 1\nmaster_id = true\n"), '23: motor[0] "joint1" master_id = true: must be a whole number'),
     (("id = 1\n", "id = 1\nmaster_id = 0x101\n"), '23: motor[0] "joint1" master_id = 257: puts its replies on CAN identifier 0x101, where motor[0] "joint1" has its POS_VEL commands; choose another master_id'),
-    (("id = 1\n", "id = 1\nwheels = 4\n"), '23: motor[0] "joint1" wheels: unknown; known: bus, id, master_id, name, partition, position_rad, position_tolerance_rad, protocol, temperature_c, torque_nm, velocity_rad_s'),
-    (("id = 2\n", "id = 2\nmaster_id = 17\n"), '33: motor[1] "joint2" master_id: unknown; known: bus, id, name, partition, position_rad, position_tolerance_rad, protocol, temperature_c, torque_nm, velocity_rad_s'),
+    (("id = 1\n", "id = 1\nwheels = 4\n"), '23: motor[0] "joint1" wheels: unknown; known: bus, id, master_id, name, partition, position_rad, position_tolerance_rad, protocol, stop_on, temperature_c, torque_nm, velocity_rad_s'),
+    (("id = 2\n", "id = 2\nmaster_id = 17\n"), '33: motor[1] "joint2" master_id: unknown; known: bus, id, name, partition, position_rad, position_tolerance_rad, protocol, stop_on, temperature_c, torque_nm, velocity_rad_s'),
     (("temperature_c", "temprature_c = 1\ntemperature_c"), '25: motor[0] "joint1" temprature_c: unknown; did you mean "temperature_c"?'),
 ]  # fmt: skip
 
