@@ -67,5 +67,5 @@ def test_a_target_names_its_motor() -> None:
 
 @pytest.mark.parametrize("text", ["joint1", "=1", "joint1=", "joint1=90rpm"])
 def test_what_is_no_target_is_told(text: str) -> None:
-    with pytest.raises(ValueError, match="must be|not in"):
+    with pytest.raises(ValueError, match=r"must be|not in"):
         parse_target(text, Kind.POSITION)
