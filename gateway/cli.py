@@ -30,7 +30,7 @@ from gateway import client, live, log_reader, plans, progress, units
 from gateway import config as configuration
 from gateway import scan as scanning
 from gateway.app import Gateway, run_gateway
-from gateway.commands import State
+from gateway.commands import Outcome, State
 from gateway.config import Config, ConfigError
 from gateway.draft import draft
 from gateway.events import ARM
@@ -561,22 +561,29 @@ async def _command(
     sender: client.Client, asked: _Asked, ttl_ms: float, timeout_s: float | None, telemetry: LogReader | None, *,
     as_json: bool,
 ) -> int:  # fmt: skip
-    """Give it, print what comes of it, and return the exit status."""
-    async with sender, progress.shown(telemetry, asked.goals):
-        sent = await sender.send(
-            asked.motor, asked.kind, asked.value, targets=asked.targets, velocity_rad_s=asked.velocity_rad_s,
-            ttl_ms=ttl_ms,
-        )  # fmt: skip
-        if timeout_s is None:
-            print(_json({"command_id": sent.command.id}) if as_json else f"sent {sent.command.id}")
-            return 0
-        async for outcome in sent.outcomes(timeout_s):
-            if as_json:
-                print(_json(outcome), flush=True)
-            else:
-                reason = f" ({outcome.reason})" if outcome.reason else ""
-                print(f"{outcome.motor} {outcome.state}{reason} {outcome.detail}".rstrip(), flush=True)
+    """Give it, print what comes of it, and return the exit status. ``timeout_s`` None: do not wait."""
+    sent: client.Sent | None = None
+    try:
+        async with asyncio.timeout(timeout_s), sender, progress.shown(telemetry, asked.goals):
+            sent = await sender.send(
+                asked.motor, asked.kind, asked.value, targets=asked.targets, velocity_rad_s=asked.velocity_rad_s,
+                ttl_ms=ttl_ms,
+            )  # fmt: skip
+            if timeout_s is None:
+                print(_json({"command_id": sent.command.id}) if as_json else f"sent {sent.command.id}")
+                return 0
+            async for outcome in sent.outcomes(None):
+                _print_outcome(outcome, as_json=as_json)
+    except TimeoutError:
+        told = f"command {sent.command.id}: no final outcome" if sent else "the command could not be sent"
+        raise client.CommandError(f"{told} within {timeout_s:g} s") from None
     return 0 if sent.final and sent.final.state is State.DONE else FAILED
+
+
+def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
+    reason = f" ({outcome.reason})" if outcome.reason else ""
+    text = f"{outcome.motor} {outcome.state}{reason} {outcome.detail}".rstrip()
+    print(_json(outcome) if as_json else text, flush=True)
 
 
 def _json(value: object) -> str:

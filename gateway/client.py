@@ -72,13 +72,13 @@ class Sent:
         """The final outcome, if it is known."""
         return self._heard[-1] if self._heard and self._heard[-1].final else None
 
-    async def outcome(self, timeout_s: float = 30.0) -> Outcome:
+    async def outcome(self, timeout_s: float | None = 30.0) -> Outcome:
         """The final outcome. Raises CommandError if it does not come in time."""
         return [outcome async for outcome in self.outcomes(timeout_s)][-1]
 
-    async def outcomes(self, timeout_s: float = 30.0) -> AsyncIterator[Outcome]:
+    async def outcomes(self, timeout_s: float | None = 30.0) -> AsyncIterator[Outcome]:
         """Every outcome up to the final one, as they come. Raises CommandError if that does not come in time."""
-        deadline = after(monotonic_ns(), int(timeout_s * SECOND))
+        deadline = None if timeout_s is None else after(monotonic_ns(), int(timeout_s * SECOND))
         told = 0
         while True:
             for outcome in self._heard[told:]:
@@ -90,7 +90,7 @@ class Sent:
                 raise CommandError(f"command {self.command.id}: its outcome cannot be heard: {self._deaf}")
             self._news.clear()
             try:
-                await asyncio.wait_for(self._news.wait(), max(0.0, left_s(deadline)))
+                await asyncio.wait_for(self._news.wait(), None if deadline is None else left_s(deadline))
             except TimeoutError:
                 raise CommandError(f"command {self.command.id}: no final outcome within {timeout_s:g} s") from None
 
@@ -194,12 +194,17 @@ class Client:
     ) -> Outcome:
         """Give a command and wait for its final outcome: ``done``, or why not.
 
-        ``value``: rad, rad/s or N m, by kind. Raises CommandError if it cannot be sent or no outcome comes in time.
+        ``value``: rad, rad/s or N m, by kind. Raises CommandError if no outcome comes in time, and as ``send``.
         """
-        sent = await self.send(
-            motor, kind, value, targets=targets, velocity_rad_s=velocity_rad_s, ttl_ms=ttl_ms
-        )  # fmt: skip
-        return await sent.outcome(timeout_s)
+        deadline = after(monotonic_ns(), int(timeout_s * SECOND))
+        try:
+            async with asyncio.timeout(timeout_s):
+                sent = await self.send(
+                    motor, kind, value, targets=targets, velocity_rad_s=velocity_rad_s, ttl_ms=ttl_ms
+                )  # fmt: skip
+        except TimeoutError:
+            raise CommandError(f"{kind} for {motor}: could not be sent within {timeout_s:g} s") from None
+        return await sent.outcome(left_s(deadline))
 
     async def targets(
         self,
@@ -368,13 +373,14 @@ class Stream:
             await self._news.wait()
             self._news.clear()
             if self._newest:
+                due = after(monotonic_ns(), int(self._period_s * SECOND))
                 sents = {motor: self._make(motor, value, self._heard) for motor, value in self._newest.items()}
                 self._newest = {}
                 self._last |= sents
                 self._under_way.extend(sents.values())
                 await self._put(list(sents.values()))
                 if not self._closed:
-                    await asyncio.sleep(self._period_s)
+                    await asyncio.sleep(left_s(due))
 
     def _heard(self, outcome: Outcome) -> None:
         self.counts[outcome.state] += 1
