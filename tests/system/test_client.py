@@ -15,8 +15,10 @@ from gateway.client import Client, CommandError, SyncClient
 from gateway.commands import State
 from gateway.config import load
 from hil.arm import COMMAND, MOTORS, Arm
+from hil.kafka import Broker
 from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
+from tests.system.rig import command_record, produce, see, wait_outcome
 
 DOCS = Path(__file__).parents[2] / "docs" / "commands.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", DOCS.read_text().split("## Python")[1], re.DOTALL)
@@ -108,6 +110,36 @@ def test_only_signed_commands_move_an_arm_with_keys(make_arm: MakeArm, monkeypat
     assert arm.order("*", "estop").returncode == 0
 
 
+def test_write_access_to_the_broker_alone_moves_nothing(
+    make_arm: MakeArm, kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CELL1_SECRET", "correct horse battery staple")
+    arm = make_arm(kafka.bootstrap, motion="still")
+    with arm.config.open("a") as file:
+        file.write('[[commands.key]]\nissuer = "cell1"\nsecret_env = "CELL1_SECRET"\n')
+    arm.start()
+    produce(arm, "commands", 1, [command_record("forged", "joint2", 0.5, ttl_ms=20_000, age_ms=0)])
+    outcome = wait_outcome(arm, "forged")
+    assert (outcome["state"], outcome["reason"]) == ("rejected", "unauthorized")
+    assert arm.order("joint1", "position", "0.1", "--sign", "cell1").returncode == 0
+    arm.stop()
+    assert max(abs(sample.position_rad) for sample in see(arm).of["joint2"]) < 0.01
+
+
+def test_with_the_broker_away_an_estop_is_done_and_anything_else_ends_in_time(
+    make_arm: MakeArm, own_broker: Broker
+) -> None:
+    arm = make_arm(own_broker.bootstrap, motion="still")
+    arm.start()
+    own_broker.pause()
+    estop = arm.order("*", "estop")
+    assert (estop.returncode, estop.stderr) == (0, "")
+    late = arm.order("joint2", "position", "0.1", "--timeout", "1")
+    assert late.returncode == 1
+    assert "the command could not be sent within 1 s" in late.stderr
+    own_broker.resume()
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -153,8 +185,9 @@ def test_no_outcome_in_time_is_a_failure_and_without_waiting_only_the_sending_co
     assert list(json.loads(sent.stdout)) == ["command_id"]
 
 
-def test_a_terminal_shows_the_way_of_a_position(make_arm: MakeArm) -> None:
-    arm = make_arm(motion="still")
+@pytest.mark.parametrize("through_kafka", [False, True])
+def test_a_terminal_shows_the_way_of_a_position(make_arm: MakeArm, kafka: Kafka, *, through_kafka: bool) -> None:
+    arm = make_arm(kafka.bootstrap if through_kafka else None, motion="still")
     arm.start()
     ours, theirs = pty.openpty()
     words = [*COMMAND, "command", str(arm.config), "joint2", "position", "0.5", "--velocity", "0.5"]
