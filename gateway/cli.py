@@ -492,7 +492,7 @@ def command(
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="--no-wait: exit status 0 says only that it was handed over.")
     ] = True,
-    timeout: Annotated[float, typer.Option(metavar="S", min=0, help="How long to wait for the outcome.")] = 30.0,
+    timeout: Annotated[float, typer.Option(metavar="S", min=0, help="How long it may take, outcome and all.")] = 30.0,
     issuer: Annotated[str | None, typer.Option(metavar="NAME", help="Who commands, unsigned.")] = None,
     sign: Annotated[
         str | None, typer.Option(metavar="ISSUER", help="Who commands; signed with its [[commands.key]].")
@@ -519,7 +519,7 @@ def command(
     sender = client.Client(loaded, issuer=sign or issuer, sign=sign is not None, local=local)
     goals = asked.goals if not as_json and wait and sys.stdout.isatty() else {}
     telemetry = client.open_log(loaded, "telemetry", local=local) if goals else None
-    sys.exit(asyncio.run(_command(sender, asked, ttl, timeout if wait else None, telemetry, as_json=as_json)))
+    sys.exit(asyncio.run(_command(sender, asked, ttl, timeout, telemetry, wait=wait, as_json=as_json)))
 
 
 class _Asked(NamedTuple):
@@ -534,9 +534,9 @@ class _Asked(NamedTuple):
     @property
     def goals(self) -> dict[str, float]:
         """{motor: the position in rad that it is to reach}"""
-        if self.kind is not Kind.POSITION or self.value is None:
-            return (self.targets or {}) if self.kind is Kind.POSITION else {}
-        return {self.motor: self.value}
+        if self.kind is not Kind.POSITION:
+            return {}
+        return {self.motor: self.value} if self.value is not None else self.targets or {}
 
 
 def _ask(motor: str | None, kind: Kind | None, value: str | None, targets: list[str], velocity: str | None) -> _Asked:
@@ -558,10 +558,10 @@ def _ask(motor: str | None, kind: Kind | None, value: str | None, targets: list[
 
 
 async def _command(
-    sender: client.Client, asked: _Asked, ttl_ms: float, timeout_s: float | None, telemetry: LogReader | None, *,
-    as_json: bool,
+    sender: client.Client, asked: _Asked, ttl_ms: float, timeout_s: float, telemetry: LogReader | None, *,
+    wait: bool, as_json: bool,
 ) -> int:  # fmt: skip
-    """Give it, print what comes of it, and return the exit status. ``timeout_s`` None: do not wait."""
+    """Give it, print what comes of it, and return the exit status."""
     sent: client.Sent | None = None
     try:
         async with asyncio.timeout(timeout_s), sender, progress.shown(telemetry, asked.goals):
@@ -569,7 +569,7 @@ async def _command(
                 asked.motor, asked.kind, asked.value, targets=asked.targets, velocity_rad_s=asked.velocity_rad_s,
                 ttl_ms=ttl_ms,
             )  # fmt: skip
-            if timeout_s is None:
+            if not wait:
                 print(_json({"command_id": sent.command.id}) if as_json else f"sent {sent.command.id}")
                 return 0
             async for outcome in sent.outcomes(None):
