@@ -81,9 +81,9 @@ class Sent:
         deadline = None if timeout_s is None else after(monotonic_ns(), int(timeout_s * SECOND))
         told = 0
         while True:
-            for outcome in self._heard[told:]:
-                yield outcome
+            while told < len(self._heard):  # more may come while who asked looks at one
                 told += 1
+                yield self._heard[told - 1]
             if self.final:
                 return
             if self._deaf is not None:
@@ -162,7 +162,7 @@ class Client:
             self._way: _Way
             if self._local:
                 self._way = _StateDirWay(StateDir(self._config.arm.state_dir))
-                await self._way.put([])  # is there a gateway?
+                await self._way.put([])  # is there a gateway, and may this user write there?
             else:
                 assert self._config.kafka is not None  # noqa: S101  else it is local
                 await kafka.partitions_of(self._config.kafka, self._config.topic("commands"))

@@ -52,6 +52,16 @@ async def test_outcomes_come_up_to_the_final_one_also_to_who_asks_late() -> None
     assert [heard.state async for heard in sent.outcomes(0)] == [State.ACCEPTED, State.DONE]
 
 
+async def test_an_outcome_that_comes_while_one_is_looked_at_is_not_passed_over() -> None:
+    sent = make_sent()
+    sent.hear(outcome(State.ACCEPTED))
+    looked_at = []
+    async for heard in sent.outcomes(DEADLINE_S):
+        looked_at.append(heard.state)
+        sent.hear(outcome(State.DONE))
+    assert looked_at == [State.ACCEPTED, State.DONE]
+
+
 async def test_what_becomes_of_a_copy_of_an_accepted_command_is_not_its_outcome() -> None:
     sent = make_sent()
     for state in (State.ACCEPTED, State.REJECTED, State.DONE, State.FAILED):
