@@ -206,11 +206,14 @@ async def _set_going(arm: _Arm) -> None:
     deadline = after(monotonic_ns(), int(START_S * SECOND))
     await asyncio.sleep(SETTLE_S / 4)  # until they stand
     await arm.command(ARM, Kind.RESET_ESTOP)
-    await arm.command(ARM, Kind.ENABLE)
     while waiting := [index for index, servo in arm.servos.items() if not _runs(servo)]:
         if not left_s(deadline):
             raise RigError(f"motors {waiting} do not run within {START_S:g} s")
-        for index in waiting:
+        for (
+            index
+        ) in waiting:  # a worker that was frozen for too long has been replaced, and its motors' watchdogs tripped
+            for kind in (Kind.CLEAR_FAULT, Kind.ENABLE):
+                await arm.command(f"joint{index + 1}", kind)
             speed = -SPEED_RAD_S if arm.servos[index].position_rad > 0 else SPEED_RAD_S
             await arm.command(f"joint{index + 1}", Kind.VELOCITY, speed)
         await asyncio.sleep(SETTLE_S / 10)

@@ -18,6 +18,7 @@ from gateway import local_commands
 from gateway.journal import JournalReader
 from gateway.kafka import running
 from hil.arm import MOTORS, SAMPLE_CONFIG, Arm
+from hil.kafka import Broker
 from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
 from tests.system.rig import pass_time, produce, see
@@ -117,6 +118,16 @@ def test_emergency_stop_stops_all_motors_and_holds_over_kill_and_restart_until_i
     assert arm.status()["estop"] is None
     told = [event["type"] for event in kept(arm, "events") if event["type"].startswith("estop.")]
     assert told == ["estop.latched", "estop.latched", "estop.reset"]  # the next run tells what it found
+
+
+def test_emergency_stop_is_given_on_this_machine_while_kafka_is_away(make_arm: MakeArm, own_broker: Broker) -> None:
+    arm = make_arm(own_broker.bootstrap, motion="still")
+    arm.start()
+    arm.wait_status(lambda status: status["kafka"]["state"] == "up", "kafka is there")
+    own_broker.kill()
+    stop = arm.order("*", "estop")
+    assert (stop.returncode, stop.stderr) == (0, ""), stop.stdout
+    arm.wait_status(lambda status: status["estop"] is not None, "it is latched")
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
