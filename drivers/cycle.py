@@ -14,7 +14,7 @@ Blocking; knows no processes, no queues to elsewhere. ``BusError`` passes throug
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -85,12 +85,15 @@ class Cycle(Generic[W]):
                 rows += self._poll_family(family, exchange, tracked, end)
         return np.array(rows, dtype=SAMPLE)
 
-    def work(self, until: MonotonicNs) -> None:
-        """Perform exchanges of orders and background until ``until``, or until there is nothing to do."""
+    def work(self, until: MonotonicNs, between: Callable[[], None] = lambda: None) -> None:
+        """Perform exchanges of orders and background until ``until``, or until there is nothing to do.
+
+        ``between`` is called after each exchange: it may submit what cannot wait for the end.
+        """
         self._orders.check_setpoints()
         self._plan_background()
         while self._orders.step(until) or self._step_background(until):
-            pass
+            between()
 
     def submit(self, ticket: Ticket) -> None:
         """Queue an order. Whatever becomes of it, exactly one OrderDone or OrderFailed follows."""

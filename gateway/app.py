@@ -19,6 +19,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from drivers.clock import monotonic_ns
+from drivers.cycle import Ticket
 from drivers.motor import Status
 from drivers.notices import (
     AnyNotice,
@@ -44,6 +45,7 @@ from gateway.events import ARM, EventType, make_event
 from gateway.evidence import read_evidence, why_behind
 from gateway.journal import Changes, Journal, JournalBroken, JournalError, JournalReader, ProducerState, is_broken
 from gateway.kafka import TopicMismatch
+from gateway.latches import Latches
 from gateway.publisher import JournalBehind, Publisher
 from gateway.recent import Recent
 from gateway.simulator import SimulatorPlan
@@ -86,10 +88,11 @@ class Gateway:
         self._recent = Recent(journal.row, journal.entry)
         self.stream = journal.stream
         self.board = Board(config, self._time, journal.path, journal.stream)
-        self._commander = Commander(config, self._reader, self._writer, self.board, self._time, self._send)
+        latches = Latches(state.latches)
+        self.board.latches = latches.held
+        self._commander = Commander(config, self._reader, self._writer, self.board, self._time, latches, self._send)
         worker_plans = plans.worker_plans(config, state.simulated)
         self._workers = {bus.name: Worker(bus.name, worker_plans[bus.name], self) for bus in config.buses}
-        self._owners = {motor.partition: self._workers[motor.bus] for motor in config.motors}
         self._publisher = (
             Publisher(
                 config,
@@ -137,6 +140,7 @@ class Gateway:
             self._tell_left(self._left)
         try:
             self._commander.finish_interrupted()
+            self._commander.tell_latched()
             async with self._tasks() as (polling, others):
                 stopped = asyncio.create_task(self._stop.wait())
                 parts: set[asyncio.Future[Any]] = {stopped, self._failed, *polling, *others}
@@ -224,8 +228,8 @@ class Gateway:
         except OSError as error:
             log.warning("status file: %s", error)
 
-    def _send(self, partition: int, ticket: Any) -> bool:
-        return self._owners[partition].send(ticket)
+    def _send(self, bus: str, ticket: Ticket) -> bool:
+        return self._workers[bus].send(ticket)
 
     def _event(self, kind: EventType, view: MotorView | None = None, **details: Any) -> None:
         motor, partition = (view.config.name, view.config.partition) if view else (ARM, 0)
@@ -361,6 +365,14 @@ class Gateway:
             self._event(
                 EventType.MOTOR_OVER_TEMPERATURE, view, temperature_c=view.temperature_c, limit_c=limit_c, seq=view.seq
             )
+            if "over_temperature" in view.config.stop_on:
+                self._commander.latch(view, f"{view.temperature_c:.0f} C, limit {limit_c:.0f} C")
+        # on the way out only: it must be possible to drive it back
+        (low, high), margin = view.config.position_rad, view.config.position_tolerance_rad
+        was_outside = view.outside
+        view.outside = view.position_rad < low - margin or view.position_rad > high + margin
+        if view.outside and not was_outside and "position_limits" in view.config.stop_on:
+            self._commander.latch(view, f"at {view.position_rad:.4f} rad, limits {low:g} to {high:g} rad")
 
     def clock_stepped(self, step_ns: int) -> None:
         """The wall clock stepped."""

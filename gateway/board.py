@@ -4,9 +4,12 @@ Read by the live view, the status file and the commander; nothing that is acted 
 """
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from drivers import protocols
 from drivers.clock import SECOND, monotonic_ns
@@ -14,6 +17,8 @@ from drivers.motor import Status
 from drivers.notices import CycleStats
 from gateway.config import Config, Motor
 from gateway.event_time import EventTime
+from gateway.events import ARM
+from gateway.latches import Latch
 from gateway.telemetry import Records, by_partition
 
 RATE_WINDOW_NS = 2 * SECOND
@@ -40,6 +45,7 @@ class MotorView:
     misses: int = 0
     acknowledged_seq: int = 0
     hot: bool = False  # above its temperature limit
+    outside: bool = False  # of its position limits
     told_faults: Status = NO_STATUS  # those that the last event named
     _rates: deque[tuple[int, int]] = field(default_factory=deque)  # (monotonic, seq)
 
@@ -99,6 +105,7 @@ class Board:
         self.kafka = "down" if config.kafka else "not used"
         self.kafka_detail = ""
         self.journal_detail = ""
+        self.latches: Mapping[str, Latch] = {}  # of motors by name, and of the arm
 
     def update(self, records: Records) -> list[MotorView]:
         """Take over the newest record of each motor in ``records``; the motors that they concern."""
@@ -145,6 +152,7 @@ class Board:
             "at_ns": self._time.now(),
             "kafka": {"state": self.kafka, "detail": self.kafka_detail},
             "journal": {"path": str(self.journal), "stream": self.stream, "detail": self.journal_detail},
+            "estop": _latch(self.latches.get(ARM)),
             "buses": [self._bus(view) for view in self.buses.values()],
             "motors": [self._motor(view) for _, view in sorted(self.motors.items())],
         }
@@ -189,5 +197,10 @@ class Board:
             "vendor_error": view.vendor_error,
             "faults": view.vendor_faults,
             "fault": view.fault,
+            "latched": _latch(self.latches.get(view.config.name)),
             "lag": self.lag(view) if self.kafka != "not used" else None,
         }
+
+
+def _latch(latch: Latch | None) -> dict[str, Any] | None:
+    return msgspec.structs.asdict(latch) if latch else None

@@ -8,10 +8,10 @@ import sqlite3
 import sys
 import threading
 import tomllib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import msgspec
 import typer
@@ -25,14 +25,15 @@ from drivers.buses import BusSpec, CanSpec, SerialSpec, adapters
 from drivers.clock import MS, SECOND, monotonic_ns
 from drivers.errors import DriverError
 from drivers.family import Medium
-from drivers.motor import Kind
-from gateway import client, live, log_reader, plans
+from drivers.motor import SETPOINTS, Kind
+from gateway import client, live, log_reader, plans, progress, units
 from gateway import config as configuration
 from gateway import scan as scanning
 from gateway.app import Gateway, run_gateway
 from gateway.commands import Outcome, State
 from gateway.config import Config, ConfigError
 from gateway.draft import draft
+from gateway.events import ARM
 from gateway.journal import JournalError
 from gateway.journal_reader import JournalLog
 from gateway.kafka import TopicMismatch
@@ -452,7 +453,7 @@ async def _print_records(log: LogReader, motor: str | None, count: int | None, *
 
 
 def _json_line(record: Record) -> str:
-    return msgspec.json.encode(record.value).decode()
+    return _json(record.value)
 
 
 def _text_line(record: Record) -> str:
@@ -474,46 +475,123 @@ def _short(value: object) -> str:
 @app.command(context_settings={"ignore_unknown_options": True})  # a negative VALUE is no option
 def command(
     config: ConfigFile,
-    motor: Annotated[str, typer.Argument(metavar="MOTOR", help="Name of the motor, or '*' for all.")],
-    kind: Annotated[Kind, typer.Argument(metavar="KIND", help=f"One of {', '.join(Kind)}.")],
-    value: Annotated[float | None, typer.Argument(metavar="[VALUE]", help="rad, rad/s or N m, by kind.")] = None,
+    motor: Annotated[str | None, typer.Argument(metavar="MOTOR", help="Name of the motor, or '*' for all.")] = None,
+    kind: Annotated[Kind | None, typer.Argument(metavar="KIND", help=f"One of {', '.join(Kind)}.")] = None,
+    value: Annotated[
+        str | None,
+        typer.Argument(metavar="[VALUE]", help="For example 45deg, 10rpm, 0.3Nm; a plain number: rad, rad/s, N m."),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MOTOR=VALUE", help="Several motors together, in place of MOTOR and VALUE; repeat it."),
+    ] = None,
     ttl: Annotated[float, typer.Option("--ttl", metavar="MS", help="Not carried out later than this.")] = 500.0,
-    velocity: Annotated[float | None, typer.Option(help="Speed of the approach, rad/s.")] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the outcome; exit status 0 only for done.")] = False,
-    timeout: Annotated[float, typer.Option(metavar="S", help="How long --wait waits.")] = 30.0,
+    velocity: Annotated[
+        str | None, typer.Option(metavar="SPEED", help="Speed of the approach to a position: 20deg/s.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="--no-wait: exit status 0 says only that it was handed over.")
+    ] = True,
+    timeout: Annotated[float, typer.Option(metavar="S", min=0, help="How long it may take, outcome and all.")] = 30.0,
+    issuer: Annotated[str | None, typer.Option(metavar="NAME", help="Who commands, unsigned.")] = None,
+    sign: Annotated[
+        str | None, typer.Option(metavar="ISSUER", help="Who commands; signed with its [[commands.key]].")
+    ] = None,
     kafka: KafkaOption = None,
     local: Annotated[
         bool, typer.Option("--local", help="Through the state directory, even if there is Kafka.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Send a command to a motor: through Kafka where it is configured, else through the state directory."""
+    """Command a motor and wait for the outcome: exit status 0 only for done.
+
+    Through Kafka where it is configured, else through the state directory; an estop always through the state directory
+    where the gateway runs on this machine.
+    """
     loaded = _load(config, kafka)
-    new = client.make_command(motor, kind, value, ttl_ms=ttl, velocity_rad_s=velocity)
-    if local and loaded.kafka is not None:
-        loaded = loaded.model_copy(update={"kafka": None})
-    outcomes = client.send(loaded, new, timeout_s=timeout if wait else None)
-    sys.exit(asyncio.run(_print_outcomes(outcomes, new.id, wait=wait, as_json=as_json)))
+    if sign is not None and issuer is not None:
+        raise typer.BadParameter("--sign and --issuer: one of the two names who commands")
+    try:
+        asked = _ask(motor, kind, value, target or [], velocity)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    local = local or (asked.kind is Kind.ESTOP and client.runs_here(loaded))
+    sender = client.Client(loaded, issuer=sign or issuer, sign=sign is not None, local=local)
+    goals = asked.goals if not as_json and wait and sys.stdout.isatty() else {}
+    telemetry = client.open_log(loaded, "telemetry", local=local) if goals else None
+    sys.exit(asyncio.run(_command(sender, asked, ttl, timeout, telemetry, wait=wait, as_json=as_json)))
 
 
-async def _print_outcomes(outcomes: AsyncIterator[Outcome], command_id: str, *, wait: bool, as_json: bool) -> int:
-    last: Outcome | None = None
-    async for outcome in outcomes:
-        last = outcome
-        if as_json:
-            print(msgspec.json.encode(outcome).decode(), flush=True)
-        else:
-            reason = f" ({outcome.reason})" if outcome.reason else ""
-            print(f"{outcome.motor} {outcome.state}{reason} {outcome.detail}".rstrip(), flush=True)
-    if not wait:
-        if not as_json:
-            print(f"sent {command_id}")
-        return 0
-    return 0 if last is not None and last.state is State.DONE else FAILED
+class _Asked(NamedTuple):
+    """What a command line asks for, in SI units."""
+
+    motor: str
+    kind: Kind
+    value: float | None = None
+    targets: dict[str, float] | None = None
+    velocity_rad_s: float | None = None
+
+    @property
+    def goals(self) -> dict[str, float]:
+        """{motor: the position in rad that it is to reach}"""
+        if self.kind is not Kind.POSITION:
+            return {}
+        return {self.motor: self.value} if self.value is not None else self.targets or {}
+
+
+def _ask(motor: str | None, kind: Kind | None, value: str | None, targets: list[str], velocity: str | None) -> _Asked:
+    """Raises ValueError for what cannot be meant."""
+    speed = None if velocity is None else units.parse(velocity, Kind.VELOCITY)
+    if targets:
+        if motor not in (None, ARM) or value is not None:
+            raise ValueError("--target names motors and values: leave MOTOR and VALUE out, or write '*' KIND")
+        kind = kind or Kind.POSITION
+        parsed = [units.parse_target(target, kind) for target in targets]
+        if len(dict(parsed)) < len(parsed):
+            raise ValueError("--target: each motor once")
+        return _Asked(ARM, kind, None, dict(parsed), speed)
+    if motor is None or kind is None:
+        raise ValueError("MOTOR and KIND are missing; for several motors together, --target MOTOR=VALUE")
+    if value is None and kind in SETPOINTS:
+        raise ValueError(f"{kind} needs a value")
+    return _Asked(motor, kind, None if value is None else units.parse(value, kind), None, speed)
+
+
+async def _command(
+    sender: client.Client, asked: _Asked, ttl_ms: float, timeout_s: float, telemetry: LogReader | None, *,
+    wait: bool, as_json: bool,
+) -> int:  # fmt: skip
+    """Give it, print what comes of it, and return the exit status."""
+    sent: client.Sent | None = None
+    try:
+        async with asyncio.timeout(timeout_s), sender, progress.shown(telemetry, asked.goals):
+            sent = await sender.send(
+                asked.motor, asked.kind, asked.value, targets=asked.targets, velocity_rad_s=asked.velocity_rad_s,
+                ttl_ms=ttl_ms,
+            )  # fmt: skip
+            if not wait:
+                print(_json({"command_id": sent.command.id}) if as_json else f"sent {sent.command.id}")
+                return 0
+            async for outcome in sent.outcomes(None):
+                _print_outcome(outcome, as_json=as_json)
+    except TimeoutError:
+        told = f"command {sent.command.id}: no final outcome" if sent else "the command could not be sent"
+        raise client.CommandError(f"{told} within {timeout_s:g} s") from None
+    return 0 if sent.final and sent.final.state is State.DONE else FAILED
+
+
+def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
+    reason = f" ({outcome.reason})" if outcome.reason else ""
+    text = f"{outcome.motor} {outcome.state}{reason} {outcome.detail}".rstrip()
+    print(_json(outcome) if as_json else text, flush=True)
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _print_json(value: object) -> None:
-    print(msgspec.json.encode(value).decode())
+    print(_json(value))
 
 
 if __name__ == "__main__":

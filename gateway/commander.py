@@ -2,32 +2,38 @@
 
     record -> checks -> written down (committed) -> order to the worker -> acknowledged -> position reached -> done
 
-The order of the checks: readable, known motor and kind, not seen before, not older than its ttl, clock not skewed,
-motor online, within limits. What was written down but whose effect is unknown (a crash in between) ends as
-``failed/interrupted`` at the next start and is not sent again. While the disk takes nothing, what cannot be written
-down within its ttl ends as ``failed/not_recorded``; what ends a motion is sent all the same, and waits for nothing.
+The order of the checks: readable, authorized (``gateway.auth``), known motor and kind, not seen before, not older than
+its ttl, clock not skewed, nothing latched, motor online, within limits. What was written down but whose effect is
+unknown (a crash in between) ends as ``failed/interrupted`` at the next start and is not sent again. While the disk
+takes nothing, what cannot be written down within its ttl ends as ``failed/not_recorded``; what ends a motion is sent
+all the same, and waits for nothing.
+
+An emergency stop goes to every bus before anything else is done about it. It is done when each bus has said so and the
+latch is on the disk; until ``reset_estop``, also over restarts, only what stops motors is taken.
 """
 
 import asyncio
 import itertools
 import logging
 import sqlite3
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from drivers import protocols
 from drivers.clock import MS, SECOND, after, epoch_ns, monotonic_ns
-from drivers.cycle import Ticket
+from drivers.cycle import ALL, Ticket
 from drivers.motor import ENDS_MOTION, OVERTAKES, SETPOINTS, Kind, Order, Status
 from drivers.notices import OrderDone, OrderFailed
+from gateway.auth import Authority
 from gateway.board import Board, MotorView
 from gateway.commands import Command, Outcome, Reason, State, Unreadable, decode_command
 from gateway.config import Config
 from gateway.event_time import EventTime, wall_age_ms
 from gateway.events import ARM, EventType, make_event
 from gateway.journal import CommandState, JournalReader
+from gateway.latches import Latch, Latches
 from gateway.writer import LogWriter
 
 log = logging.getLogger(__name__)
@@ -40,6 +46,11 @@ RECENT_IDS = 4096  # more than ever wait for one commit
 RECORDINGS = 16
 """A source that is further ahead of the disk than this waits for it, but for a moment only: a stop may follow."""
 MOMENT_S = 0.02
+GROUP_LEAD_NS = 20 * MS
+"""Motors of several buses begin this long after they are told: a few cycles, in which each bus prepares its own."""
+STOPS = ENDS_MOTION | {Kind.ESTOP}
+"""Kinds that are taken whatever is latched, and whatever the journal says: harmless if repeated."""
+ARM_WIDE = frozenset({Kind.ESTOP, Kind.RESET_ESTOP})
 
 
 class Incoming(NamedTuple):
@@ -62,11 +73,12 @@ class _Active:
 
     command: Command
     read_at_ns: int  # monotonic
-    waiting: set[int]  # partitions whose worker has not answered
-    tickets: dict[int, int] = field(default_factory=dict)  # ticket -> partition
+    values: dict[int, float]  # partition -> value; NaN: the kind takes none
+    tickets: dict[int, frozenset[int]] = field(default_factory=dict)  # not answered: number -> partitions
     details: list[str] = field(default_factory=list)
     failures: list[tuple[Reason, str]] = field(default_factory=list)
-    arrive_by_ns: int = 0  # a position under way; 0: not under way
+    under_way: set[int] = field(default_factory=set)  # partitions whose position is not reached
+    arrive_by_ns: int = 0
 
 
 class Commander:
@@ -79,10 +91,11 @@ class Commander:
         writer: LogWriter,
         board: Board,
         time: EventTime,
-        send: Callable[[int, Ticket], bool],
+        latches: Latches,
+        send: Callable[[str, Ticket], bool],
         started_at_ns: int | None = None,
     ) -> None:
-        """``send`` hands a ticket to the worker that owns the motor's bus; False if it takes none.
+        """``send`` hands a ticket to the worker of a bus; False if it takes none.
 
         ``started_at_ns`` (wall clock; now, if not given) tells a backlog from a command.
         """
@@ -91,7 +104,10 @@ class Commander:
         self._board = board
         self._started_at_ns = epoch_ns() if started_at_ns is None else started_at_ns
         self._time = time
+        self._authority = Authority(config)
+        self._latches = latches
         self._send = send
+        self._buses = {bus.name: frozenset(m.partition for m in config.motors_on(bus.name)) for bus in config.buses}
         self._partitions = {motor.name: motor.partition for motor in config.motors}
         self._kinds = {
             motor.partition: protocols.load(motor.protocol).kinds_of(motor.driven()) for motor in config.motors
@@ -99,6 +115,7 @@ class Commander:
         self._recent: OrderedDict[str, CommandState] = OrderedDict()  # perhaps not committed yet
         self._active: list[_Active] = []
         self._recording: set[asyncio.Task[None]] = set()
+        self._saving: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
 
     # -- in ------------------------------------------------------------------------------------------------------
@@ -114,12 +131,25 @@ class Commander:
         """The newest ids that were used, oldest first; perhaps not in the journal yet."""
         return list(self._recent.values())
 
+    def tell_latched(self) -> None:
+        """Tell every bus what an earlier run left latched; call before any worker is started."""
+        for name, latch in self._latches.held.items():
+            detail = f"still latched, since {latch.at_ns} ns"
+            if name == ARM:
+                self._event(EventType.ESTOP_LATCHED, ARM, by=latch.by, why=latch.why, detail=detail)
+                self._tell_all(Kind.ESTOP)
+            elif name in self._partitions:
+                self._event(EventType.MOTOR_LATCHED, name, why=latch.why, detail=detail)
+                self._tell_one(self._partitions[name], Kind.ESTOP)
+
     async def handle(self, records: Sequence[Incoming]) -> None:
         """Check records in their order, and write down the accepted ones with one commit; then they are sent on."""
         waiting = []
         for record in records:
             if active := self._admit(record):
-                if active.command.kind in ENDS_MOTION:
+                if active.command.kind is Kind.ESTOP:
+                    self._stop_all(active, record.source)
+                elif active.command.kind in ENDS_MOTION:
                     self._dispatch(active)  # ends a motion: harmless if repeated, and must not wait for a sick disk
                 else:
                     waiting.append(active)
@@ -152,6 +182,11 @@ class Commander:
         except Unreadable as error:
             self._unreadable(record, error, read_at_ns)
             return None
+        if unauthorized := self._authority.refusal(command, record.source):
+            # the id is not remembered: else anybody could use up the ids of those who may command
+            outcome = self._outcome(command, State.REJECTED, read_at_ns, Reason.UNAUTHORIZED, unauthorized)
+            self._writer.read_upto(outcome.entry(self._partition(command.motor)), record.inbox)
+            return None
         if refusal := self._refusal(command):
             state, reason, detail = refusal
             outcome = self._outcome(command, state, read_at_ns, reason, detail)
@@ -160,11 +195,7 @@ class Commander:
             else:
                 self._conclude(outcome, record)
             return None
-        targets = [self._board.motors[p] for p in self._addressed(command)]
-        active = _Active(command, read_at_ns, {view.config.partition for view in targets if view.online})
-        active.failures = [
-            (Reason.MOTOR_OFFLINE, f"{view.config.name} does not answer") for view in targets if not view.online
-        ]
+        active = _Active(command, read_at_ns, self._values(command))
         self._supersede(active)
         remembered = CommandState(command.id, False, self._time.now(), command.motor)
         outcome = self._outcome(command, State.ACCEPTED, read_at_ns)
@@ -193,16 +224,18 @@ class Commander:
 
     def _refusal(self, command: Command) -> tuple[State, Reason, str] | None:
         """Why this command is not accepted; None if it is."""
-        if command.motor != ARM and command.motor not in self._partitions:
+        named = [command.motor] if command.motor != ARM else command.targets or ()
+        if unknown := ", ".join(repr(name) for name in named if name not in self._partitions):
             known = ", ".join(self._partitions)
-            return State.REJECTED, Reason.UNKNOWN_MOTOR, f"no motor {command.motor!r} on this arm; there are {known}"
-        addressed = self._addressed(command)
+            return State.REJECTED, Reason.UNKNOWN_MOTOR, f"no motor {unknown} on this arm; there are {known}"
+        values = self._values(command)
+        addressed = list(values)
         if unsupported := self._unsupported(command, addressed):
             return State.REJECTED, Reason.UNSUPPORTED, unsupported
         try:
             seen = self._seen(command.id)
         except sqlite3.Error as error:
-            if command.kind not in ENDS_MOTION:
+            if command.kind not in STOPS:
                 return State.REJECTED, Reason.NOT_RECORDED, f"the journal cannot say whether it is new: {error}"
             seen = None  # harmless if repeated
         if seen:
@@ -217,12 +250,31 @@ class Commander:
             detail = f"issued {-age_ms:.0f} ms in the future (at most {SKEW_MS:.0f} ms): set the sender's clock"
             return State.REJECTED, Reason.CLOCK_SKEW, detail
         views = [self._board.motors[partition] for partition in addressed]
-        if not any(view.online for view in views):
-            silent = ", ".join(view.config.name for view in views)
-            return State.REJECTED, Reason.MOTOR_OFFLINE, f"{silent}: no answer on bus {views[0].config.bus!r}"
+        if latched := self._latched(command.kind, views):
+            return latched
+        silent = [view for view in views if not view.online and command.kind not in ARM_WIDE]
+        if silent and (command.targets or len(silent) == len(views)):  # a motion of several is one of all or of none
+            names = ", ".join(view.config.name for view in silent)
+            return State.REJECTED, Reason.MOTOR_OFFLINE, f"{names}: no answer on bus {silent[0].config.bus!r}"
+        beyond = [refusal for view in views if (refusal := _beyond(command, values[view.config.partition], view))]
+        if beyond:
+            reason = beyond[0][0]
+            return State.REJECTED, reason, "; ".join(detail for of, detail in beyond if of is reason)
+        return None
+
+    def _latched(self, kind: Kind, views: Sequence[MotorView]) -> tuple[State, Reason, str] | None:
+        """Whether something is latched that keeps a command from being taken."""
+        if kind in STOPS or kind is Kind.RESET_ESTOP:
+            return None
+        if estop := self._latches.estop:
+            detail = f"emergency stop by {estop.by}: {estop.why}; send reset_estop for * first"
+            return State.REJECTED, Reason.ESTOP_LATCHED, detail
         for view in views:
-            if refusal := _beyond(command, view):
-                return refusal
+            latch = self._latches.held.get(view.config.name)
+            hot = view.hot and "over_temperature" in view.config.stop_on
+            if latch and (hot or kind is not Kind.CLEAR_FAULT):
+                remedy = "let it cool down first" if hot else "send clear_fault first"
+                return State.REJECTED, Reason.MOTOR_LATCHED, f"{view.config.name} was stopped: {latch.why}; {remedy}"
         return None
 
     def _seen(self, command_id: str) -> CommandState | None:
@@ -235,11 +287,13 @@ class Commander:
             return True
 
     def _unsupported(self, command: Command, addressed: Sequence[int]) -> str | None:
-        if command.targets is not None:
-            return "targets: several motors in one command are not supported yet; send one command a motor"
-        if command.kind in SETPOINTS and command.motor == ARM:
-            return f"{command.kind} for all motors: name one motor"
+        if command.kind in ARM_WIDE:
+            return None if command.motor == ARM else f'{command.kind} is for the whole arm: motor = "{ARM}"'
+        if command.kind in SETPOINTS and command.motor == ARM and command.targets is None:
+            return f"{command.kind} for all motors: name one motor, or targets"
         for partition in addressed:
+            if command.kind is Kind.CLEAR_FAULT and self._name(partition) in self._latches.held:
+                continue  # a fault of the gateway's own finding
             if command.kind not in self._kinds[partition]:
                 kinds = ", ".join(sorted(self._kinds[partition]))
                 return f"{self._board.motors[partition].config.name} does not take {command.kind}; it takes {kinds}"
@@ -247,8 +301,13 @@ class Commander:
                 return f"{self._board.motors[partition].config.name} has no torque_nm, the limit of its torque; set it"
         return None
 
-    def _addressed(self, command: Command) -> list[int]:
-        return list(self._board.motors) if command.motor == ARM else [self._partitions[command.motor]]
+    def _values(self, command: Command) -> dict[int, float]:
+        """{partition: value} of the motors that a command is for."""
+        if command.targets is not None:
+            return {self._partitions[name]: value for name, value in command.targets.items()}
+        value = float("nan") if command.value is None else command.value
+        addressed = self._board.motors if command.motor == ARM else [self._partitions[command.motor]]
+        return dict.fromkeys(addressed, value)
 
     def _partition(self, motor: str) -> int:
         return self._partitions.get(motor, 0)
@@ -258,68 +317,98 @@ class Commander:
     def _supersede(self, newer: _Active) -> None:
         """A setpoint under way gives way to a newer one, and to anything that ends the motion."""
         if newer.command.kind in OVERTAKES:
-            addressed = set(self._addressed(newer.command))
-            for older in [a for a in self._active if a.command.kind in SETPOINTS]:
-                if addressed.issuperset(self._addressed(older.command)):
-                    self._end(older, State.SUPERSEDED, Reason.NEWER_COMMAND, f"by {newer.command.id!r}")
+            self._end_setpoints(newer.values, State.SUPERSEDED, Reason.NEWER_COMMAND, f"by {newer.command.id!r}")
         self._active.append(newer)
+
+    def _end_setpoints(self, motors: Iterable[int], state: State, reason: Reason, detail: str) -> None:
+        """A motion of several motors ends as a whole."""
+        motors = frozenset(motors)
+        for older in [a for a in self._active if a.command.kind in SETPOINTS]:
+            if not motors.isdisjoint(older.values):
+                self._end(older, state, reason, detail)
 
     def _dispatch(self, active: _Active) -> None:
         if active not in self._active:  # overtaken while it was written down
             return
+        if active.command.kind is Kind.RESET_ESTOP:
+            self._reset_all(active)
+            return
+        if active.command.kind is Kind.CLEAR_FAULT:
+            self._release(active)
+        takes = [partition for partition in sorted(active.values) if active.command.kind in self._kinds[partition]]
+        online = [partition for partition in takes if self._board.motors[partition].online]
+        for partition in takes:
+            if partition not in online:
+                active.failures.append((Reason.MOTOR_OFFLINE, f"{self._name(partition)} does not answer"))
+        tickets = self._tickets(active, online)
+        active.tickets = {ticket.number: frozenset({ticket.motor}) for ticket in tickets}
+        for ticket in tickets:
+            bus = self._board.motors[ticket.motor].config.bus
+            if not self._send(bus, ticket):
+                self._answered(active, ticket.number, (Reason.OVERLOADED, f"bus {bus!r} takes no orders now"))
+        if not tickets:
+            self._settle(active)
+
+    def _tickets(self, active: _Active, online: Sequence[int]) -> list[Ticket]:
         command = active.command
-        expires_ns = after(monotonic_ns(), int(_left_ms(active) * MS))
-        for partition in sorted(active.waiting):
+        now = monotonic_ns()
+        expires_ns = after(now, int(_left_ms(active) * MS))
+        sizes = Counter(self._board.motors[partition].config.bus for partition in online)
+        group = next(self._numbers) if command.targets and len(online) > 1 else 0
+        not_before_ns = after(now, GROUP_LEAD_NS) if len(sizes) > 1 else 0
+        tickets = []
+        for partition in online:
             config = self._board.motors[partition].config
-            order = Order(
-                command.kind,
-                command.value if command.value is not None else float("nan"),
-                command.velocity_rad_s if command.velocity_rad_s is not None else config.velocity_rad_s,
-                config.position_rad,
-            )
+            speed = command.velocity_rad_s if command.velocity_rad_s is not None else config.velocity_rad_s
+            order = Order(command.kind, active.values[partition], speed, config.position_rad)
             ticket = Ticket(next(self._numbers), partition, order, expires_ns)
-            active.tickets[ticket.number] = partition
-            if not self._send(partition, ticket):
-                self._answered(active, partition, (Reason.OVERLOADED, f"bus {config.bus!r} takes no orders now"), "")
+            if group:
+                ticket = replace(ticket, group=group, size=sizes[config.bus], not_before_ns=not_before_ns)
+            tickets.append(ticket)
+        return tickets
 
     def order_done(self, notice: OrderDone) -> None:
-        """A motor acknowledged an order."""
+        """A motor acknowledged an order, or a bus an emergency stop."""
         if active := self._of(notice.ticket):
-            view = self._board.motors[notice.motor]
             if active.command.kind is Kind.ENABLE:  # the next command need not wait for a sample that says so
-                view.status |= Status.ENABLED
+                self._board.motors[notice.motor].status |= Status.ENABLED
             elif active.command.kind is Kind.DISABLE:
-                view.status &= ~Status.ENABLED
-            self._answered(active, notice.motor, None, notice.detail)
+                self._board.motors[notice.motor].status &= ~Status.ENABLED
+            self._answered(active, notice.ticket, None, notice.detail)
 
     def order_failed(self, notice: OrderFailed) -> None:
         """A motor, or its worker, refused an order."""
         if active := self._of(notice.ticket):
-            self._answered(active, notice.motor, (_reason(notice.reason), notice.detail), "")
+            self._answered(active, notice.ticket, (_reason(notice.reason), notice.detail))
 
     def worker_gone(self, partitions: Sequence[int]) -> None:
         """The worker of these motors died; what it had been told has an unknown effect."""
         for active in list(self._active):
-            for partition in active.waiting.intersection(partitions):
-                failure = (Reason.INTERRUPTED, "the bus worker died; the effect is unknown")
-                self._answered(active, partition, failure, "")
+            for number in [n for n, motors in active.tickets.items() if not motors.isdisjoint(partitions)]:
+                self._answered(active, number, (Reason.INTERRUPTED, "the bus worker died; the effect is unknown"))
 
     def moved(self, views: Sequence[MotorView]) -> None:
         """New samples of these motors: has one arrived?"""
-        for active in [a for a in self._active if a.arrive_by_ns]:
-            view = self._board.motors[self._partitions[active.command.motor]]
-            if view in views:
-                self._check_arrival(active, view)
+        for active in [a for a in self._active if a.under_way]:
+            for view in views:
+                if view.config.partition in active.under_way:
+                    self._check_arrival(active, view)
+            self._settle(active)
 
     def check_deadlines(self) -> None:
         """Fail positions that take too long; call several times a second."""
-        for active in [a for a in self._active if a.arrive_by_ns]:
-            view = self._board.motors[self._partitions[active.command.motor]]
-            if not view.online:
-                self._end(active, State.FAILED, Reason.MOTOR_OFFLINE, "went silent on the way")
-            elif monotonic_ns() > active.arrive_by_ns:
-                detail = f"stands at {view.position_rad:.4f} rad, not at {active.command.value:.4f} rad, in time"
-                self._end(active, State.FAILED, Reason.NOT_REACHED, detail)
+        for active in [a for a in self._active if a.under_way]:
+            late = monotonic_ns() > active.arrive_by_ns
+            for partition in sorted(active.under_way):
+                view = self._board.motors[partition]
+                if not view.online:
+                    self._arrived(active, view, Reason.MOTOR_OFFLINE, "went silent on the way")
+                elif late:
+                    detail = (
+                        f"stands at {view.position_rad:.4f} rad, not at {active.values[partition]:.4f} rad, in time"
+                    )
+                    self._arrived(active, view, Reason.NOT_REACHED, detail)
+            self._settle(active)
 
     def interrupt_all(self) -> None:
         """The gateway stops: nothing is seen through any more."""
@@ -331,36 +420,146 @@ class Commander:
     def _of(self, ticket: int) -> _Active | None:
         return next((a for a in self._active if ticket in a.tickets), None)
 
-    def _answered(self, active: _Active, partition: int, failure: tuple[Reason, str] | None, detail: str) -> None:
-        active.waiting.discard(partition)
+    def _answered(self, active: _Active, number: int, failure: tuple[Reason, str] | None, detail: str = "") -> None:
+        del active.tickets[number]
         if failure:
             active.failures.append(failure)
         else:
             active.details.append(detail)
-        if active.waiting:
+        if active.command.kind is Kind.POSITION and not active.tickets and not active.failures:
+            self._await_arrival(active)
+        else:
+            self._settle(active)
+
+    def _settle(self, active: _Active) -> None:
+        """End a command that waits for nothing any more."""
+        if active.tickets or active.under_way:
             return
         if active.failures:
             reason = active.failures[0][0]
-            self._end(active, State.FAILED, reason, "; ".join(detail for _, detail in active.failures))
-        elif active.command.kind is Kind.POSITION:
-            self._await_arrival(active)
+            self._end(active, State.FAILED, reason, "; ".join(dict.fromkeys(detail for _, detail in active.failures)))
         else:
-            self._end(active, State.DONE, None, "; ".join(dict.fromkeys(active.details)))
+            self._end(active, State.DONE, None, "; ".join(dict.fromkeys(filter(None, active.details))))
 
     def _await_arrival(self, active: _Active) -> None:
-        view = self._board.motors[self._partitions[active.command.motor]]
-        assert active.command.value is not None  # noqa: S101  decode_command sees to it
-        speed = active.command.velocity_rad_s or view.config.velocity_rad_s
-        way_s = 2 * abs(active.command.value - view.position_rad) / speed + ARRIVAL_MARGIN_S
-        active.arrive_by_ns = after(monotonic_ns(), int(way_s * SECOND))
+        active.details.clear()  # that it has begun is nothing to tell when it has arrived
+        active.under_way = set(active.values)
+        ways_s = []
+        for partition, value in active.values.items():
+            view = self._board.motors[partition]
+            speed = active.command.velocity_rad_s or view.config.velocity_rad_s
+            ways_s.append(abs(value - view.position_rad) / speed)
+        active.arrive_by_ns = after(monotonic_ns(), int((2 * max(ways_s) + ARRIVAL_MARGIN_S) * SECOND))
 
     def _check_arrival(self, active: _Active, view: MotorView) -> None:
-        assert active.command.value is not None  # noqa: S101  decode_command sees to it
-        off_rad = view.position_rad - active.command.value
+        off_rad = view.position_rad - active.values[view.config.partition]
         if abs(off_rad) <= view.config.position_tolerance_rad:
-            self._end(active, State.DONE, None, f"at {view.position_rad:.4f} rad")
+            self._arrived(active, view, None, f"at {view.position_rad:.4f} rad")
         elif not view.status & Status.ENABLED:
-            self._end(active, State.FAILED, Reason.NOT_ENABLED, f"lost its torque at {view.position_rad:.4f} rad")
+            self._arrived(active, view, Reason.NOT_ENABLED, f"lost its torque at {view.position_rad:.4f} rad")
+
+    def _arrived(self, active: _Active, view: MotorView, reason: Reason | None, detail: str) -> None:
+        """The way of one motor has ended, there or elsewhere."""
+        active.under_way.discard(view.config.partition)
+        told = f"{view.config.name} {detail}" if active.command.targets else detail
+        if reason:
+            active.failures.append((reason, told))
+        else:
+            active.details.append(told)
+
+    # -- latches -------------------------------------------------------------------------------------------------
+
+    def _stop_all(self, active: _Active, source: str) -> None:
+        """Every bus is told at once, and nothing is waited for: a worker that hangs delays no other."""
+        command, held = active.command, self._latches.held
+        latch = Latch(self._time.now(), command.issuer or source, f"command {command.id!r}")
+        told = self._tell_all(Kind.ESTOP, active)
+        first, held[ARM] = ARM not in held, held.get(ARM, latch)
+        for older in [a for a in self._active if a.command.kind not in STOPS]:
+            self._end(older, State.FAILED, Reason.ESTOP_LATCHED, f"emergency stop by {command.id!r}")
+        if first:
+            self._event(EventType.ESTOP_LATCHED, ARM, by=latch.by, why=latch.why, source=source)
+        for number, bus in told:
+            detail = f"bus {bus!r} has no worker that listens; the next one is told before anything else"
+            self._answered(active, number, (Reason.OVERLOADED, detail))
+        self._save(active)
+
+    def _reset_all(self, active: _Active) -> None:
+        command = active.command
+        latch = self._latches.held.pop(ARM, None)
+        unheard = self._tell_all(Kind.RESET_ESTOP, active)
+        for name in self._latches.held.keys() & self._partitions:  # what stopped by itself is another matter
+            self._tell_one(self._partitions[name], Kind.ESTOP)
+        if latch:
+            since_ns = latch.at_ns
+            self._event(
+                EventType.ESTOP_RESET, ARM, by=command.issuer or "", why=f"command {command.id!r}", since_ns=since_ns
+            )
+        for number, _ in unheard:  # whoever works there next is not told of a stop
+            self._answered(active, number, None, "reset")
+        self._save(active)
+
+    def latch(self, view: MotorView, why: str) -> None:
+        """Stop one motor, and move it no more until its fault is cleared."""
+        name, partition = view.config.name, view.config.partition
+        if name in self._latches.held:
+            return
+        self._tell_one(partition, Kind.ESTOP)
+        self._latches.held[name] = Latch(self._time.now(), "gateway", why)
+        self._end_setpoints([partition], State.FAILED, Reason.MOTOR_LATCHED, f"{name} was stopped: {why}")
+        self._event(EventType.MOTOR_LATCHED, name, why=why)
+        self._save()
+
+    def _release(self, active: _Active) -> None:
+        """Motors that stopped by themselves may move again."""
+        released = [p for p in active.values if self._latches.held.pop(self._name(p), None)]
+        for partition in released:
+            self._tell_one(partition, Kind.RESET_ESTOP)
+            self._event(EventType.MOTOR_RELEASED, self._name(partition), why=f"command {active.command.id!r}")
+            active.details.append("released")
+        if released:
+            self._save()
+
+    def _tell_all(self, kind: Kind, active: _Active | None = None) -> list[tuple[int, str]]:
+        """An order to every bus as a whole; the tickets and buses of those whose worker took none."""
+        untold = []
+        for bus, partitions in self._buses.items():
+            ticket = Ticket(next(self._numbers), ALL, Order(kind), monotonic_ns())
+            if active:
+                active.tickets[ticket.number] = partitions
+            if not self._send(bus, ticket):
+                untold.append((ticket.number, bus))
+        return untold
+
+    def _tell_one(self, partition: int, kind: Kind) -> None:
+        """An order that no command waits for."""
+        ticket = Ticket(next(self._numbers), partition, Order(kind), monotonic_ns())
+        self._send(self._board.motors[partition].config.bus, ticket)
+
+    def _save(self, active: _Active | None = None) -> None:
+        """Write down what is latched; a command is not done before."""
+        number = next(self._numbers)
+        if active:
+            active.tickets[number] = frozenset()
+        saving = asyncio.create_task(self._save_and_tell(number))
+        self._saving.add(saving)
+        saving.add_done_callback(self._saving.discard)
+
+    async def _save_and_tell(self, number: int) -> None:
+        failure = None
+        try:
+            await self._latches.save()
+        except OSError as error:
+            log.error("what is latched could not be written down: %s", error)
+            failure = (Reason.NOT_RECORDED, f"in force, but not on the disk, and so not after a restart: {error}")
+        if active := self._of(number):
+            self._answered(active, number, failure)
+
+    def _event(self, kind: EventType, motor: str, **details: Any) -> None:
+        self._writer.entry(make_event(kind, self._time.now(), motor, self._partition(motor), **details))
+
+    def _name(self, partition: int) -> str:
+        return self._board.motors[partition].config.name
 
     # -- out -----------------------------------------------------------------------------------------------------
 
@@ -400,14 +599,14 @@ def _since_us(at_ns: int) -> int:
     return (monotonic_ns() - at_ns) // 1000
 
 
-def _beyond(command: Command, view: MotorView) -> tuple[State, Reason, str] | None:
+def _beyond(command: Command, value: float, view: MotorView) -> tuple[Reason, str] | None:
     """Whether a setpoint lies outside the motor's limits, or the motor is not ready for one."""
-    if command.kind not in SETPOINTS or command.value is None:
+    if command.kind not in SETPOINTS:
         return None
-    if beyond := _beyond_limits(command.kind, command.value, command.velocity_rad_s, view):
-        return State.REJECTED, Reason.OUT_OF_LIMITS, beyond
+    if beyond := _beyond_limits(command.kind, value, command.velocity_rad_s, view):
+        return Reason.OUT_OF_LIMITS, beyond
     if not view.status & Status.ENABLED:
-        return State.REJECTED, Reason.NOT_ENABLED, f"{view.config.name} has no torque; send enable first"
+        return Reason.NOT_ENABLED, f"{view.config.name} has no torque; send enable first"
     return None
 
 

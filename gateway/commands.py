@@ -30,11 +30,14 @@ class Reason(StrEnum):
     """Why a command did not come to ``done``."""
 
     MALFORMED = "malformed"
+    UNAUTHORIZED = "unauthorized"  # gateway.auth
     UNKNOWN_MOTOR = "unknown_motor"
     UNSUPPORTED = "unsupported"
     DUPLICATE = "duplicate"
     STALE = "stale"
     CLOCK_SKEW = "clock_skew"
+    ESTOP_LATCHED = "estop_latched"
+    MOTOR_LATCHED = "motor_latched"  # stopped by itself (stop_on), until clear_fault
     MOTOR_OFFLINE = "motor_offline"
     NOT_ENABLED = "not_enabled"
     OUT_OF_LIMITS = "out_of_limits"
@@ -59,6 +62,7 @@ class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     targets: dict[str, float] | None = None
     velocity_rad_s: float | None = None
     issuer: str | None = None
+    signature: str | None = None  # gateway.auth
 
 
 class Unreadable(Exception):
@@ -99,17 +103,28 @@ def _check(command: Command) -> None:
         raise ValueError("issued_at_ns: must be nanoseconds since 1970, within 64 bits")
     if not 0 < command.ttl_ms <= MOST_TTL_MS:
         raise ValueError(f"ttl_ms = {command.ttl_ms:g}: must be above 0 and at most {MOST_TTL_MS}")
-    if command.targets is not None:
-        return
     takes_value = command.kind in SETPOINTS
-    if takes_value and command.value is None:
+    if command.targets is not None:
+        _check_targets(command, command.targets)
+    elif takes_value and command.value is None:
         raise ValueError(f"kind {command.kind} needs a value")
-    if not takes_value and command.value is not None:
+    elif not takes_value and command.value is not None:
         raise ValueError(f"kind {command.kind} takes no value, got {command.value:g}")
     for name in ("value", "velocity_rad_s"):
         number = getattr(command, name)
         if number is not None and not math.isfinite(number):
             raise ValueError(f"{name} = {number}: must be a finite number")
+
+
+def _check_targets(command: Command, targets: dict[str, float]) -> None:
+    if command.kind not in SETPOINTS:
+        raise ValueError(f"kind {command.kind} takes no targets; {', '.join(sorted(SETPOINTS))} do")
+    if command.motor != ARM:
+        raise ValueError(f'motor = "{command.motor}": must be "{ARM}" where targets names the motors')
+    if command.value is not None:
+        raise ValueError(f"targets has the values; value = {command.value:g} is one too many")
+    if not targets:
+        raise ValueError("targets: must name one motor at least")
 
 
 def encode_command(command: Command) -> bytes:

@@ -35,8 +35,8 @@ from gateway.config_words import NAME, VARIABLE, explain
 from gateway.toml_lines import Steps, find_lines
 
 __all__ = [
-    "Arm", "Bus", "CanBus", "Config", "ConfigError", "Fault", "Journal", "Kafka", "Motor", "SerialBus", "Simulation",
-    "Table", "Topic", "load", "loads", "options_model", "with_kafka",
+    "Arm", "Bus", "CanBus", "CommandKey", "Commands", "Config", "ConfigError", "Fault", "Journal", "Kafka", "Motor",
+    "SerialBus", "Simulation", "Table", "Topic", "load", "loads", "options_model", "with_kafka",
 ]  # fmt: skip
 
 Topic = Literal["telemetry", "events", "outcomes", "commands"]
@@ -303,6 +303,8 @@ class Motor(Table):
     """Alarm above this, in degrees Celsius (event motor.over_temperature)."""
     position_tolerance_rad: float = Field(default=0.02, gt=0)
     """A position is reached when it is this close, in rad."""
+    stop_on: tuple[Literal["over_temperature", "position_limits"], ...] = Field(default=(), strict=False)
+    """What stops it for good, until clear_fault: more than temperature_c, or a position beyond position_rad."""
     options: SkipJsonSchema[Annotated[Any, BeforeValidator(_options)]] = Field(default=None, exclude=True)
     """An instance of the family's ``Options``; in the file, its keys stand flat in the table."""
 
@@ -317,6 +319,35 @@ class Motor(Table):
     def driven(self) -> driven.Motor:
         """The same motor as ``drivers`` knows it."""
         return driven.Motor(self.partition, self.name, self.protocol, self.id, self.options, self.position_rad)
+
+
+class CommandKey(Table):
+    """The key that one issuer signs its commands with (docs/commands.md)."""
+
+    issuer: Text
+    """Who signs with it: the issuer that its commands name."""
+    secret_env: Variable | None = None
+    """Environment variable that holds the secret."""
+    secret_file: LocalPath | None = None
+    """File that holds the secret; a line's end behind it does not count."""
+
+    def secret(self) -> str:
+        """The secret, read now. Raises ConfigError naming what is absent."""
+        place = f"commands.key {self.issuer!r}"
+        if self.secret_file is not None:
+            return _secret_in_file(f"{place} secret_file", self.secret_file)
+        return _secret_in_environment(f"{place} secret_env", self.secret_env) or ""
+
+
+class Commands(Table):
+    """Who may command the arm. Without this table: everybody who can write to the commands topic."""
+
+    issuers: tuple[Text, ...] | None = Field(default=None, strict=False, min_length=1)
+    """Only commands that name one of these issuers are taken; left out: all are."""
+    local: Literal["unsigned", "signed"] = "unsigned"
+    """Whether commands that are put in through the state directory must be signed as well."""
+    keys: tuple[CommandKey, ...] = Field(default=(), alias="key", strict=False)
+    """One [[commands.key]] for each issuer that signs; with any, only signed commands are taken from Kafka."""
 
 
 class Simulation(Table):
@@ -349,6 +380,8 @@ class Config(Table):
     """One [[bus]] for each bus."""
     motors: tuple[Motor, ...] = Field(alias="motor", strict=False, min_length=1)
     """One [[motor]] for each motor."""
+    commands: Commands = Field(default_factory=Commands)
+    """Who may command the arm; left out: everybody who can write to the commands topic."""
     simulation: Simulation | None = None
     """Present: the motors are simulated, behind the same buses."""
 
@@ -412,6 +445,11 @@ def with_kafka(config: Config, bootstrap_servers: Sequence[str]) -> Config:
     return config.model_copy(update={"kafka": kafka})
 
 
+_TABLES: dict[str, type[Table]] = {
+    "arm": Arm, "kafka": Kafka, "journal": Journal, "commands": Commands, "simulation": Simulation
+}  # fmt: skip
+
+
 def _known(steps: Steps, raw: Raw) -> Mapping[str, str]:
     """{key: what it is} of all that the table at a place may hold."""
     match steps:
@@ -422,9 +460,10 @@ def _known(steps: Steps, raw: Raw) -> Mapping[str, str]:
         case ("motor", int(number)):
             family = protocols.find(raw["motor"][number].get("protocol"))
             return Motor.known() | (options_model(family.Options).known() if family else {})
-        case ("arm" | "kafka" | "journal" | "simulation" as name,):
-            tables: dict[str, type[Table]] = {"arm": Arm, "kafka": Kafka, "journal": Journal, "simulation": Simulation}
-            return tables[name].known()
+        case ("commands", "key", int()):
+            return CommandKey.known()
+        case (str(name),) if name in _TABLES:
+            return _TABLES[name].known()
         case _:
             return Config.known()
 

@@ -28,6 +28,7 @@ Placed = tuple[Steps, Raw]
 def check(raw: Raw) -> Iterator[Finding]:
     """All that does not fit together."""
     yield from _kafka(raw.get("kafka") or {})
+    yield from _commands(raw.get("commands") or {}, raw)
     buses = [(steps, _looked_at(bus)) for steps, bus in _tables(raw, "bus")]
     motors = _tables(raw, "motor")
     yield from _repeated(buses, "name", raw)
@@ -246,3 +247,24 @@ def _kafka(table: Raw) -> Iterator[Finding]:
             yield Finding(("kafka", key), f"is missing: {why}")
     if {"sasl_password_env", "sasl_password_file"} <= table.keys():
         yield Finding(("kafka", "sasl_password_file"), "stands beside sasl_password_env; one of the two must go")
+
+
+def _commands(table: Raw, raw: Raw) -> Iterator[Finding]:
+    """Each key has one secret and its own issuer; once there are keys, nobody is let in without one."""
+    keys = [(("commands", "key", i), key) for i, key in enumerate(table.get("key") or ()) if key is not None]
+    yield from _repeated(keys, "issuer", raw)
+    issuers = table.get("issuers")
+    for steps, key in keys:
+        if not {"secret_env", "secret_file", "secret"} & key.keys():
+            yield Finding((*steps, "secret_env"), "is missing: the key needs its secret, or secret_file")
+        if {"secret_env", "secret_file"} <= key.keys():
+            yield Finding((*steps, "secret_file"), "stands beside secret_env; one of the two must go")
+        if issuers and key.get("issuer") and key["issuer"] not in issuers:
+            yield Finding((*steps, "issuer"), "is not among commands.issuers, so that nothing of it is taken; add it")
+    signers = {key.get("issuer") for _, key in keys}
+    for i, issuer in enumerate(issuers or ()):
+        if keys and None not in signers and issuer is not None and issuer not in signers:
+            message = "has no [[commands.key]]; where one issuer signs, all must, or its name would let anybody in"
+            yield Finding(("commands", "issuers", i), message)
+    if table.get("local") == "signed" and not keys:
+        yield Finding(("commands", "local"), "there is no [[commands.key]] to sign with; add one")

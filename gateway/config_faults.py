@@ -5,6 +5,7 @@ A check yields a ``Finding``, a place and a sentence; the rest is looked up afte
 """
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -58,7 +59,7 @@ def make_faults(findings: Iterable[Finding], raw: Raw, lines: Mapping[Steps, int
         Fault(
             place_of(steps, raw),
             # a password may also stand where the name of its variable or its file belongs
-            None if secret or "password" in str(steps[-1]) else value_at(raw, steps),
+            None if secret or re.search("password|secret", str(steps[-1])) else value_at(raw, steps),
             message,
             line_of(steps, lines),
         )

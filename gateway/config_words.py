@@ -56,17 +56,19 @@ def _sentence(detail: ErrorDetails, steps: Steps, known: Mapping[str, str]) -> s
         case "missing":
             about = known.get(key, "")
             return f"is missing: {about[:1].lower()}{about[1:]}".rstrip(".: ")
-        case "extra_forbidden" if key == "sasl_password":
-            return "must not be in a file that is copied and shown around; use sasl_password_env or sasl_password_file"
+        case "extra_forbidden" if key in ("sasl_password", "secret"):
+            return f"must not be in a file that is copied and shown around; use {key}_env or {key}_file"
         case "extra_forbidden":
             return f"unknown; {instead_of(key, known)}"
         case "literal_error":
             return f"must be {context['expected']}".replace("'", '"')
+        case "tuple_type" if len(steps) == 1 or steps == ("commands", "key"):
+            return f"must be written [[{'.'.join(map(str, steps))}]], once for each {key}"
         case "tuple_type":
-            return (
-                f"must be written [[{key}]], once for each {key}" if len(steps) == 1 else "must be a list: [..., ...]"
-            )
+            return "must be a list: [..., ...]"
         case "model_type" | "model_attributes_type":
-            return f"must be a table: [{key}]" if len(steps) == 1 else f"must be a table: [[{steps[0]}]]"
+            if len(steps) == 1:
+                return f"must be a table: [{key}]"
+            return f"must be a table: [[{'.'.join(step for step in steps if isinstance(step, str))}]]"
         case _:
             return _WORDS.get(context.get("pattern", kind), detail["msg"]).format_map(context)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gateway.board import Board, MotorView
+from gateway.events import ARM
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,10 @@ def _number(value: float, digits: int) -> str:
 
 def _footer(board: Board) -> list[Text]:
     footer = [
+        Text(f"{'EMERGENCY STOP' if name == ARM else f'{name} stopped'}: {latch.why}", "bold red")
+        for name, latch in board.latches.items()
+    ]
+    footer += [
         Text(f"{view.config.name} fault: {view.fault}", "bold red" if view.online else "dim")
         for _, view in sorted(board.motors.items())
         if view.fault

@@ -10,22 +10,26 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from gateway.auth import LOCAL
 from gateway.commander import Incoming
 
 log = logging.getLogger(__name__)
 
-SOURCE = "local"
+SOURCE = LOCAL
 POLL_S = 0.004
 KEPT = 10_000
 
 
-def append(path: Path, raw: bytes) -> int:
-    """Put a command in; its offset. Raises sqlite3.Error. Old commands are removed beyond the newest 10,000."""
+def append(path: Path, *raws: bytes) -> int:
+    """Put commands in at once; the last one's offset. Raises sqlite3.Error. Only the newest 10,000 are kept."""
     db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
     try:
         _prepare(db)
+        db.execute("PRAGMA synchronous = NORMAL")  # what a power cut takes would be stale afterwards
+        offset: int | None = None
         db.execute("BEGIN IMMEDIATE")
-        offset = db.execute("INSERT INTO commands (value) VALUES (?)", (raw,)).lastrowid
+        for raw in raws:
+            offset = db.execute("INSERT INTO commands (value) VALUES (?)", (raw,)).lastrowid
         db.execute("DELETE FROM commands WHERE id <= ?", ((offset or 0) - KEPT,))
         db.execute("COMMIT")
     finally:

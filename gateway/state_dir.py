@@ -5,6 +5,7 @@ journal.db    the log (gateway.journal), written by that gateway only
 journal.whole is there while the journal holds everything that was given out (gateway.evidence)
 cursors/      where named readers of the journal left off (gateway.cursor)
 commands.db   commands put in on this machine (gateway.local_commands)
+estop.json    what is latched (gateway.latches)
 status.json   rewritten every second
 reserve       a little of the disk, given back when a new journal has to begin while the rest is full
 owner         who this is to gateways on other machines (gateway.claim)
@@ -36,6 +37,7 @@ class StateDir:
         self.journal = path / "journal.db"
         self.commands = path / "commands.db"
         self.whole = path / "journal.whole"
+        self.latches = path / "estop.json"
         self.status = path / "status.json"
         self.simulated = path / "sim"
         self._lock = path / "lock"

@@ -136,11 +136,11 @@ class Worker:
         """Use the slack for orders and background; sleep on the link, so that an order is taken up at once."""
         until = after(next_start, -self._plan.timing.period_ns // 20)
         self._take_orders()
-        self._cycle.work(until)
+        self._cycle.work(until, self._take_orders)
         self._send_notices()
         while select.select([self._link], [], [], left_s(next_start))[0]:
             self._take_orders()
-            self._cycle.work(until)
+            self._cycle.work(until, self._take_orders)
             self._send_notices()
             if monotonic_ns() >= next_start:
                 return

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drivers.clock import MS, SECOND, monotonic_ns
-from drivers.cycle import Ticket
+from drivers.cycle import ALL, Ticket
+from drivers.motor import Kind
 from drivers.notices import AnyNotice, BusDown, BusUp
 from gateway import link
 from gateway.link import GatewayEnd
@@ -93,10 +94,31 @@ class Worker:
         self._heard_ns = 0
         self._silent_ns = SILENT_OPENING_NS
         self._gone: asyncio.Event = asyncio.Event()
+        self._latched: dict[int, Ticket] = {}  # emergency stops that were not reset, by motor
 
     def send(self, ticket: Ticket) -> bool:
-        """Hand on an order; False if there is no worker that takes it."""
-        return self._child is not None and self._child.end.send(ticket)
+        """Hand on an order; False if there is no worker that takes it.
+
+        An emergency stop is kept until it is reset, and told to every new process first. A process that does not take
+        one, or its reset, hangs: it is killed.
+        """
+        latches = ticket.order.kind in (Kind.ESTOP, Kind.RESET_ESTOP)
+        if latches:
+            self._latch(ticket)
+        if self._child is None:
+            return False
+        taken = self._child.end.send(ticket)
+        if latches and not taken:
+            self._child.kill()
+        return taken
+
+    def _latch(self, ticket: Ticket) -> None:
+        if ticket.order.kind is Kind.ESTOP:
+            self._latched[ticket.motor] = ticket
+        elif ticket.motor == ALL:
+            self._latched.clear()
+        else:
+            self._latched.pop(ticket.motor, None)
 
     async def run(self) -> None:
         """Start the process, and start it again whenever it is gone."""
@@ -117,7 +139,10 @@ class Worker:
         """One life of the process; why it ended."""
         loop = asyncio.get_running_loop()
         self._gone.clear()
-        self._child = child = Child("gateway.worker", self._plan)
+        child = Child("gateway.worker", self._plan)
+        for ticket in self._latched.values():
+            child.end.send(ticket)
+        self._child = child
         self._heard_ns = monotonic_ns()
         self._silent_ns = SILENT_OPENING_NS
         hung = False

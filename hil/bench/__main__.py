@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hil.bench import cycle, event_cost, gateway_cpu, report, restart, wire
+from hil.bench import commands, cycle, event_cost, gateway_cpu, report, restart, wire
 from hil.kafka import RigError
 
 BENCHMARKS: dict[str, Callable[[Console, float], dict[str, Any]]] = {
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Console, float], dict[str, Any]]] = {
     "wire": wire.run,
     "gateway-cpu": gateway_cpu.run,
     "restart": restart.run,
+    "commands": commands.run,
 }
 
 

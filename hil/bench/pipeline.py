@@ -295,8 +295,8 @@ async def _give_credit(gateway: Gateway) -> None:
 def gateway_buses(gateway: Gateway) -> dict[workers.Worker, list[int]]:
     """Which partitions each worker feeds."""
     found: dict[workers.Worker, list[int]] = {}
-    for partition, worker in gateway._owners.items():
-        found.setdefault(worker, []).append(partition)
+    for motor in gateway._config.motors:
+        found.setdefault(gateway._workers[motor.bus], []).append(motor.partition)
     return found
 
 

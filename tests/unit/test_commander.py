@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from drivers.clock import MS, SECOND, epoch_ns, monotonic_ns
-from drivers.cycle import Ticket
+from drivers.cycle import ALL, Ticket
 from drivers.motor import Kind, Order, Status
 from drivers.notices import OrderDone, OrderFailed
 from gateway import commander as module
@@ -21,6 +21,7 @@ from gateway.commands import Outcome, Reason, State, decode_outcome
 from gateway.config import loads
 from gateway.event_time import EventTime
 from gateway.journal import CommandState, Journal, JournalReader
+from gateway.latches import Latches
 from gateway.writer import Committed, LogWriter
 from tests.gateway_parts import ARM, DEADLINE_S, MOTORS, Numbering, until
 
@@ -52,10 +53,12 @@ class Rig:
         self.reader = JournalReader(path)
         self.memory = JournalReader(path)  # the commander's own
         self.board = Board(config, time, path)
+        self.latches = Latches(directory / "estop.json")
         self.commander = Commander(
-            config, self.memory, self.writer, self.board, time, self._send, epoch_ns() - up_for_ns
+            config, self.memory, self.writer, self.board, time, self.latches, self._send, epoch_ns() - up_for_ns
         )
         self.sent: list[Ticket] = []
+        self.buses: list[str] = []  # of those
         self.known_when_sent: list[bool] = []  # whether the file knew an unfinished command at that moment
         self.takes_orders = True
         self._numbering = Numbering()
@@ -64,8 +67,8 @@ class Rig:
             view.online = True
         self.told({0: 0.0, 1: 0.0})
 
-    def _send(self, partition: int, ticket: Ticket) -> bool:
-        assert ticket.motor == partition
+    def _send(self, bus: str, ticket: Ticket) -> bool:
+        self.buses.append(bus)
         self.known_when_sent.append(bool(self.reader.unfinished_commands()))
         if self.takes_orders:
             self.sent.append(ticket)
@@ -86,6 +89,10 @@ class Rig:
         self._offset += 1
         raw = json.dumps({name: value for name, value in good.items() if value is not None}).encode()
         return Incoming(raw, "local", 0, self._offset + 1)
+
+    def newest(self) -> Kind:
+        """The kind of the order that was sent last."""
+        return self.sent[-1].order.kind
 
     async def give(self, command_id: str, *args: Any, **fields: Any) -> None:
         await self.handle([self.record(command_id, *args, **fields)])
@@ -244,7 +251,7 @@ async def test_without_the_memory_of_ids_nothing_begins_a_motion_but_everything_
     assert "cannot say whether it is new" in detail
     assert await rig.states("stop") == [State.ACCEPTED]
     await rig.give("move")  # the id was not used up
-    assert rig.sent[-1].order.kind == Kind.POSITION
+    assert rig.newest() == Kind.POSITION
 
 
 async def test_commands_that_wait_for_the_disk_end_with_the_gateway(rig: Rig) -> None:
@@ -285,7 +292,6 @@ REFUSALS = [  # (fields, state, reason, what the detail names)
     ({"kind": "velocity", "value": 5.1}, State.REJECTED, Reason.OUT_OF_LIMITS, ["5.1 rad/s", "at most 5 rad/s"]),
     ({"kind": "velocity", "value": -5.1}, State.REJECTED, Reason.OUT_OF_LIMITS, ["-5.1 rad/s", "either way"]),
     ({"kind": "velocity", "value": None}, State.REJECTED, Reason.MALFORMED, ["needs a value"]),
-    ({"targets": {"joint1": 1.0}}, State.REJECTED, Reason.UNSUPPORTED, ["targets"]),
     ({"motor": "*"}, State.REJECTED, Reason.UNSUPPORTED, ["position for all motors"]),
     ({"issued_at_ns": 0}, State.EXPIRED, Reason.STALE, ["was good for 60000 ms"]),
     ({"issued_at_ns": 2**62}, State.REJECTED, Reason.CLOCK_SKEW, ["in the future", "at most 500 ms"]),
@@ -428,6 +434,255 @@ async def test_offline_is_told_before_limits_and_after_staleness(rig: Rig) -> No
     assert (await rig.final("a"))[1] is Reason.MOTOR_OFFLINE
     await rig.give("b", issued_at_ns=0)
     assert (await rig.final("b"))[1] is Reason.STALE
+
+
+# --- several motors in one command ------------------------------------------------------------------------------------
+
+
+BOTH = {"joint1": 1.0, "joint2": 0.5}
+
+
+async def test_targets_become_one_group_and_are_done_when_all_are_there(rig: Rig) -> None:
+    await rig.give("a", "*", value=None, targets=BOTH, velocity_rad_s=2.0)
+    first, second = rig.sent
+    assert (first.motor, first.order.value, second.motor, second.order.value) == (0, 1.0, 1, 0.5)
+    assert first.group == second.group != 0
+    assert (first.size, second.size) == (2, 2)
+    assert first.order.velocity_rad_s == second.order.velocity_rad_s == 2.0
+    rig.done(0)
+    rig.done(1)
+    rig.told({0: 1.0, 1: 0.0})
+    assert await rig.states("a") == [State.ACCEPTED]
+    rig.told({0: 1.2, 1: 0.5})  # that it was there counts
+    assert await rig.final("a") == (State.DONE, None, "joint1 at 1.0000 rad; joint2 at 0.5000 rad")
+
+
+async def test_motors_on_several_buses_begin_at_one_moment_with_as_many_as_each_bus_has(tmp_path: Path) -> None:
+    bus = '[[bus]]\nname = "serial0"\ntype = "serial"\nport = "/dev/ttyUSB0"\nrate_hz = 100\n'
+    text = ARM.replace(bus, bus + bus.replace("serial0", "serial1").replace("USB0", "USB1"))
+    parts = text.rsplit('bus = "serial0"', 1)
+    async with running(tmp_path, text='bus = "serial1"'.join(parts)) as rig:
+        before = monotonic_ns()
+        await rig.give("a", "*", value=None, targets=BOTH)
+        assert rig.buses == ["serial0", "serial1"]
+        first, second = rig.sent
+        assert (first.size, second.size) == (1, 1)
+        assert first.group == second.group
+        assert first.not_before_ns == second.not_before_ns > before
+
+
+WRONG_TARGETS: list[tuple[dict[str, Any], Reason, list[str]]] = [
+    ({"targets": BOTH | {"elbow": 0.1, "knee": 0.1}}, Reason.UNKNOWN_MOTOR, ["'elbow', 'knee'", "there are joint1"]),
+    ({"targets": {"joint1": 9.0, "joint2": 8.0}}, Reason.OUT_OF_LIMITS, ["joint1", "9 rad", "joint2", "8 rad"]),
+    ({"targets": {}}, Reason.MALFORMED, ["one motor at least"]),
+    ({"targets": BOTH, "value": 1.0}, Reason.MALFORMED, ["one too many"]),
+    ({"targets": BOTH, "kind": "enable"}, Reason.MALFORMED, ["takes no targets"]),
+    ({"targets": BOTH, "motor": "joint1"}, Reason.MALFORMED, ['must be "*"']),
+]
+
+
+@pytest.mark.parametrize(("fields", "reason", "named"), WRONG_TARGETS)
+async def test_targets_are_taken_all_or_none(
+    rig: Rig, fields: dict[str, Any], reason: Reason, named: list[str]
+) -> None:
+    await rig.give("a", **{"motor": "*", "value": None, **fields})
+    state, found, detail = await rig.final("a")
+    assert (state, found) == (State.REJECTED, reason)
+    for word in named:
+        assert word in detail
+    assert rig.sent == []
+
+
+async def test_targets_need_all_their_motors(rig: Rig) -> None:
+    rig.board.motors[1].online = False
+    await rig.give("a", "*", value=None, targets=BOTH)
+    assert await rig.final("a") == (State.REJECTED, Reason.MOTOR_OFFLINE, "joint2: no answer on bus 'serial0'")
+    assert rig.sent == []
+
+
+async def test_targets_that_are_not_all_reached_say_which(rig: Rig, late: None) -> None:
+    await rig.give("a", "*", value=None, targets=BOTH)
+    rig.done(0)
+    rig.done(1)
+    rig.told({0: 1.0, 1: 0.1})
+    rig.commander.check_deadlines()
+    detail = "joint2 stands at 0.1000 rad, not at 0.5000 rad, in time"
+    assert await rig.final("a") == (State.FAILED, Reason.NOT_REACHED, detail)
+
+
+@pytest.mark.parametrize("kind", ["position", "stop"])
+async def test_motion_of_several_ends_when_one_of_them_is_told_otherwise(rig: Rig, kind: str) -> None:
+    await rig.give("a", "*", value=None, targets=BOTH)
+    await rig.give("b", "joint2", kind=kind)
+    assert await rig.final("a") == (State.SUPERSEDED, Reason.NEWER_COMMAND, "by 'b'")
+
+
+# --- latches ----------------------------------------------------------------------------------------------------------
+
+
+async def latched(rig: Rig) -> list[dict[str, Any]]:
+    """Events of latches."""
+    await rig.writer.durable()
+    every = [json.loads(entry.value) for entry in rig.reader.entries(0, 1000, "events")]
+    return [event for event in every if event["type"].split(".")[1] in ("latched", "reset", "released")]
+
+
+async def saved(rig: Rig) -> None:
+    await asyncio.gather(*rig.commander._saving)
+
+
+async def test_emergency_stop_goes_to_the_bus_at_once_ends_everything_and_is_done_when_it_is_on_the_disk(
+    rig: Rig,
+) -> None:
+    with locked(rig):  # also while the disk is sick
+        await rig.commander.handle([rig.record("move"), rig.record("on", "joint2", "enable")])
+        await rig.commander.handle([rig.record("e", "*", "estop", issuer="cell1")])
+        (ticket,) = rig.sent
+        assert (ticket.motor, ticket.order.kind) == (ALL, Kind.ESTOP)
+    for command_id in ("move", "on"):
+        assert (await rig.final(command_id))[:2] == (State.FAILED, Reason.ESTOP_LATCHED)
+    rig.commander.order_done(OrderDone(ticket.number, ALL, "latched; 2 stopped"))
+    await saved(rig)
+    assert await rig.final("e") == (State.DONE, None, "latched; 2 stopped")
+    assert Latches(rig.latches._path).held["*"].by == "cell1"
+    (event,) = await latched(rig)
+    assert (event["type"], event["motor"], event["by"], event["why"]) == ("estop.latched", "*", "cell1", "command 'e'")
+    assert len(rig.sent) == 1  # what waited for the disk was not sent afterwards
+
+
+@pytest.mark.parametrize("kind", ["position", "enable", "velocity"])
+async def test_what_is_latched_takes_nothing_that_moves(rig: Rig, kind: str) -> None:
+    await rig.give("e", "*", kind="estop")
+    await rig.give("a", kind=kind, value=1.0 if kind in ("position", "velocity") else None)
+    state, reason, detail = await rig.final("a")
+    assert (state, reason) == (State.REJECTED, Reason.ESTOP_LATCHED)
+    assert "send reset_estop" in detail
+
+
+@pytest.mark.parametrize("kind", ["stop", "disable", "estop"])
+async def test_what_is_latched_takes_what_stops(rig: Rig, kind: str) -> None:
+    await rig.give("e", "*", kind="estop")
+    await rig.give("a", "*", kind=kind)
+    assert rig.newest() == kind
+
+
+async def test_emergency_stop_outlives_the_process_and_its_journal_until_it_is_reset(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.give("e", "*", kind="estop")
+        await saved(rig)
+    for name in ("journal.db", "journal.db-wal", "journal.db-shm"):
+        (tmp_path / name).unlink(missing_ok=True)
+    async with running(tmp_path) as rig:
+        rig.commander.tell_latched()
+        assert [(t.motor, t.order.kind) for t in rig.sent] == [(ALL, Kind.ESTOP)]
+        assert [event["type"] for event in await latched(rig)] == ["estop.latched"]
+        await rig.give("a")
+        assert (await rig.final("a"))[1] is Reason.ESTOP_LATCHED
+        await rig.give("r", "*", kind="reset_estop")
+        assert rig.newest() == Kind.RESET_ESTOP
+        await saved(rig)
+        assert await rig.states("r") == [State.ACCEPTED]
+        rig.commander.order_done(OrderDone(rig.sent[-1].number, ALL, "reset"))
+        assert (await rig.final("r"))[0] is State.DONE
+        assert [event["type"] for event in await latched(rig)] == ["estop.latched", "estop.reset"]
+        await rig.give("b")
+        assert rig.newest() == Kind.POSITION
+    async with running(tmp_path) as rig:
+        rig.commander.tell_latched()
+        assert rig.sent == []
+
+
+async def test_reset_that_is_overtaken_by_an_emergency_stop_resets_nothing(rig: Rig) -> None:
+    await rig.give("e", "*", kind="estop")
+    await rig.handle([rig.record("r", "*", kind="reset_estop"), rig.record("f", "*", kind="estop")])
+    assert (await rig.final("r"))[:2] == (State.FAILED, Reason.ESTOP_LATCHED)
+    assert [ticket.order.kind for ticket in rig.sent] == [Kind.ESTOP, Kind.ESTOP]
+    assert rig.latches.estop
+
+
+async def test_emergency_stop_needs_no_motor_to_be_online_and_is_for_the_whole_arm(rig: Rig) -> None:
+    for view in rig.board.motors.values():
+        view.online = False
+    await rig.give("a", kind="estop")
+    assert (await rig.final("a"))[:2] == (State.REJECTED, Reason.UNSUPPORTED)
+    await rig.give("b", "*", kind="estop")
+    assert len(rig.sent) == 1
+
+
+async def test_emergency_stop_that_a_bus_does_not_take_fails_and_stays_latched(rig: Rig) -> None:
+    rig.takes_orders = False
+    await rig.give("e", "*", kind="estop")
+    await saved(rig)
+    state, reason, detail = await rig.final("e")
+    assert (state, reason) == (State.FAILED, Reason.OVERLOADED)
+    assert "'serial0'" in detail
+    assert rig.latches.estop
+
+
+async def test_emergency_stop_that_cannot_be_written_down_says_so(rig: Rig) -> None:
+    rig.latches._path.with_suffix(".new").mkdir()
+    await rig.give("e", "*", kind="estop")
+    rig.commander.order_done(OrderDone(rig.sent[0].number, ALL, "latched"))
+    await saved(rig)
+    state, reason, detail = await rig.final("e")
+    assert (state, reason) == (State.FAILED, Reason.NOT_RECORDED)
+    assert "not after a restart" in detail
+    assert rig.latches.estop
+
+
+async def test_worker_that_dies_ends_the_emergency_stop_of_its_bus(rig: Rig) -> None:
+    await rig.give("e", "*", kind="estop")
+    await saved(rig)
+    rig.commander.worker_gone([0, 1])
+    assert (await rig.final("e"))[:2] == (State.FAILED, Reason.INTERRUPTED)
+
+
+def test_file_of_latches_that_cannot_be_read_counts_as_an_emergency_stop(tmp_path: Path) -> None:
+    path = tmp_path / "estop.json"
+    assert Latches(path).estop is None
+    path.write_bytes(b"{")
+    latch = Latches(path).estop
+    assert latch
+    assert "cannot be read" in latch.why
+
+
+STOPS_ITSELF = ARM.replace("temperature_c", 'stop_on = ["over_temperature", "position_limits"]\ntemperature_c', 1)
+
+
+async def test_motor_that_stopped_itself_is_moved_again_after_clear_fault(tmp_path: Path) -> None:
+    async with running(tmp_path, text=STOPS_ITSELF) as rig:
+        await rig.give("a")
+        view = rig.board.motors[0]
+        view.hot = True
+        rig.commander.latch(view, "81 C, limit 60 C")
+        rig.commander.latch(view, "82 C, limit 60 C")
+        assert [(t.motor, t.order.kind) for t in rig.sent[1:]] == [(0, Kind.ESTOP)]
+        assert await rig.final("a") == (State.FAILED, Reason.MOTOR_LATCHED, "joint1 was stopped: 81 C, limit 60 C")
+        await rig.give("b")
+        assert (await rig.final("b"))[1] is Reason.MOTOR_LATCHED
+        await rig.give("other", "joint2")
+        assert rig.sent[-1].motor == 1
+        await rig.give("c", kind="clear_fault")
+        state, reason, detail = await rig.final("c")
+        assert (state, reason) == (State.REJECTED, Reason.MOTOR_LATCHED)
+        assert "cool down" in detail
+        view.hot = False
+        await rig.give("d", kind="clear_fault")
+        assert rig.newest() == Kind.RESET_ESTOP
+        assert await rig.final("d") == (State.DONE, None, "released")  # its family knows no such order
+        await rig.give("e")
+        assert rig.newest() == Kind.POSITION
+        assert [event["type"] for event in await latched(rig)] == ["motor.latched", "motor.released"]
+
+
+async def test_reset_of_the_arm_does_not_release_a_motor_that_stopped_itself(tmp_path: Path) -> None:
+    async with running(tmp_path, text=STOPS_ITSELF) as rig:
+        rig.commander.latch(rig.board.motors[0], "at 1.6 rad")
+        await rig.give("e", "*", kind="estop")
+        await rig.give("r", "*", kind="reset_estop")
+        assert [(t.motor, t.order.kind) for t in rig.sent[-2:]] == [(ALL, Kind.RESET_ESTOP), (0, Kind.ESTOP)]
+        await rig.give("a")
+        assert (await rig.final("a"))[1] is Reason.MOTOR_LATCHED
 
 
 # --- duplicates -------------------------------------------------------------------------------------------------------

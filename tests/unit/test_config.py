@@ -272,8 +272,8 @@ RELATIONS = [
     (("rate_hz = 100", 'rate_hz = 100\nport = "x"'), '10: bus[0] "can0" port: unknown; known: bitrate, channel, data_bitrate, fd, interface, name, options, rate_hz, type'),
     (("id = 1\n", "id = 1\nmaster_id = true\n"), '23: motor[0] "joint1" master_id = true: must be a whole number'),
     (("id = 1\n", "id = 1\nmaster_id = 0x101\n"), '23: motor[0] "joint1" master_id = 257: puts its replies on CAN identifier 0x101, where motor[0] "joint1" has its POS_VEL commands; choose another master_id'),
-    (("id = 1\n", "id = 1\nwheels = 4\n"), '23: motor[0] "joint1" wheels: unknown; known: bus, id, master_id, name, partition, position_rad, position_tolerance_rad, protocol, temperature_c, torque_nm, velocity_rad_s'),
-    (("id = 2\n", "id = 2\nmaster_id = 17\n"), '33: motor[1] "joint2" master_id: unknown; known: bus, id, name, partition, position_rad, position_tolerance_rad, protocol, temperature_c, torque_nm, velocity_rad_s'),
+    (("id = 1\n", "id = 1\nwheels = 4\n"), '23: motor[0] "joint1" wheels: unknown; known: bus, id, master_id, name, partition, position_rad, position_tolerance_rad, protocol, stop_on, temperature_c, torque_nm, velocity_rad_s'),
+    (("id = 2\n", "id = 2\nmaster_id = 17\n"), '33: motor[1] "joint2" master_id: unknown; known: bus, id, name, partition, position_rad, position_tolerance_rad, protocol, stop_on, temperature_c, torque_nm, velocity_rad_s'),
     (("temperature_c", "temprature_c = 1\ntemperature_c"), '25: motor[0] "joint1" temprature_c: unknown; did you mean "temperature_c"?'),
 ]  # fmt: skip
 
@@ -796,3 +796,44 @@ def test_wrong_rs485_is_told_with_what_would_be_right(key: str, fault: str) -> N
 )
 def test_wrong_can_fd_is_told_with_what_would_be_right(key: str, fault: str) -> None:
     assert faults(bus_with(key, "can0")) == [fault]
+
+
+# --- who may command --------------------------------------------------------------------------------------------------
+
+KEY = '[[commands.key]]\nissuer = "cell1"\nsecret_env = "CELL1_SECRET"\n'
+
+
+@pytest.mark.parametrize(
+    ("append", "expected"),
+    [
+        ("[commands]\nissuers = []\n", ["2: commands.issuers = []: must not be empty"]),
+        ('[commands]\nissuers = ["a", 3]\n', ["2: commands.issuers[1] = 3: must be text, in quotes"]),
+        ("[commands]\nissuers = 3\n", ["2: commands.issuers = 3: must be a list: [..., ...]"]),
+        ('[commands]\nlocal = "sigend"\n', ['2: commands.local = "sigend": must be "unsigned" or "signed"']),
+        ('[commands]\nlocal = "signed"\n', ['2: commands.local = "signed": there is no [[commands.key]] to sign with; add one']),
+        ('[commands]\nissuer = "a"\n', ['2: commands.issuer: unknown; did you mean "issuers"?']),
+        ("[commands.key]\n", ["1: commands.key = {...}: must be written [[commands.key]], once for each key"]),
+        ("[commands]\nkey = [1]\n", ["2: commands.key[0] = 1: must be a table: [[commands.key]]"]),
+        ("[[commands.key]]\nsecret_env = \"A\"\n", ["1: commands.key[0].issuer: is missing: who signs with it: the issuer that its commands name"]),
+        ('[[commands.key]]\nissuer = "cell1"\n', ["1: commands.key[0].secret_env: is missing: the key needs its secret, or secret_file"]),
+        (KEY + 'secret_file = "x"\n', ["4: commands.key[0].secret_file: stands beside secret_env; one of the two must go"]),
+        (KEY.replace("_env", ""), ["3: commands.key[0].secret: must not be in a file that is copied and shown around; use secret_env or secret_file"]),
+        (KEY.replace("CELL1_SECRET", "hunter 2"), ["3: commands.key[0].secret_env: must be the name of an environment variable: letters, digits and _"]),
+        (KEY + KEY, ['5: commands.key[1].issuer = "cell1": is also the issuer of commands.key[0]; each needs its own']),
+        ('[commands]\nissuers = ["cell2"]\n' + KEY, [
+            '2: commands.issuers[0] = "cell2": has no [[commands.key]]; where one issuer signs, all must, or its name would let anybody in',
+            '4: commands.key[0].issuer = "cell1": is not among commands.issuers, so that nothing of it is taken; add it',
+        ]),
+    ],
+)  # fmt: skip
+def test_a_fault_in_who_may_command_is_told_with_its_line(append: str, expected: list[str]) -> None:
+    first = GOOD.count("\n")
+    placed = [f"{first + int(line)}:{rest}" for line, _, rest in (fault.partition(":") for fault in expected)]
+    assert faults(GOOD + append) == placed
+
+
+def test_who_may_command_is_read_as_it_stands() -> None:
+    config = loads(GOOD + '[commands]\nissuers = ["cell1"]\nlocal = "signed"\n' + KEY, "arm.toml")
+    assert (config.commands.issuers, config.commands.local) == (("cell1",), "signed")
+    assert [(key.issuer, key.secret_env) for key in config.commands.keys] == [("cell1", "CELL1_SECRET")]
+    assert loads(GOOD, "arm.toml").commands.keys == ()

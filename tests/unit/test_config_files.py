@@ -12,7 +12,19 @@ import pytest
 from google.protobuf import descriptor_pb2
 
 from drivers.motor import SAMPLE, Status
-from gateway.config import Arm, CanBus, Journal, Kafka, Motor, SerialBus, Simulation, Table, load
+from gateway.config import (
+    Arm,
+    CanBus,
+    CommandKey,
+    Commands,
+    Journal,
+    Kafka,
+    Motor,
+    SerialBus,
+    Simulation,
+    Table,
+    load,
+)  # fmt: skip
 from gateway.config_schema import schema_text
 
 CONFIG = Path(__file__).parents[2] / "config"
@@ -40,10 +52,10 @@ def test_the_real_arm_is_real() -> None:
     assert len(config.motors) == 6
 
 
-@pytest.mark.parametrize("table", [Arm, Kafka, Journal, CanBus, SerialBus, Motor, Simulation])
+@pytest.mark.parametrize("table", [Arm, Kafka, Journal, Commands, CommandKey, CanBus, SerialBus, Motor, Simulation])
 def test_the_real_arm_shows_every_key(table: type[Table]) -> None:
     shown = re.findall(r"^(?:# )?([a-z0-9_]+) = ", (CONFIG / "real-arm.toml").read_text(), re.MULTILINE)
-    assert set(table.model_fields) - {"options"} <= set(shown)
+    assert set(table.model_fields) - {"options", "keys"} <= set(shown)
 
 
 def test_the_schema_in_the_file_is_the_codes() -> None:
@@ -57,7 +69,7 @@ def test_the_schema_is_written_by_running_its_module() -> None:
 
 def test_the_schema_has_the_files_tables_and_says_what_each_key_is() -> None:
     schema = json.loads(schema_text())
-    assert set(schema["properties"]) == {"arm", "kafka", "journal", "bus", "motor", "simulation"}
+    assert set(schema["properties"]) == {"arm", "kafka", "journal", "commands", "bus", "motor", "simulation"}
     for name, table in schema["$defs"].items():
         for key, field in table["properties"].items():
             assert field.get("description") or field == {}, f"{name}.{key}"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from drivers.bus import Bus, Received, Trouble
 from drivers.buses import CanSpec, SerialSpec
 from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
-from drivers.cycle import Ticket, Timing
+from drivers.cycle import ALL, Ticket, Timing
 from drivers.motor import Kind, Order
 from drivers.notices import (
     AnyNotice,
@@ -165,6 +165,51 @@ async def test_worker_that_hangs_is_killed_and_replaced_and_orders_it_held_are_n
         await until(rig.ear.hears_all)
         assert rig.ear.starts == [1, 2]
         assert rig.ear.of(OrderDone) == []
+
+
+def stop_all(number: int, kind: Kind = Kind.ESTOP) -> Ticket:
+    return Ticket(number, ALL, Order(kind), 0)
+
+
+async def test_emergency_stop_is_told_to_every_new_worker_first_until_it_is_reset(
+    host: PtySerialHost, plan: Plan
+) -> None:
+    async with working(plan) as rig:
+        await until(rig.ear.hears_all)
+        assert rig.worker.send(stop_all(1))
+        await until(lambda: [notice.ticket for notice in rig.ear.of(OrderDone)] == [1])
+        os.kill(rig.pid, signal.SIGKILL)
+        await until(lambda: bool(rig.ear.gone))
+        await until(rig.ear.hears_all)
+        assert rig.give(2, Kind.ENABLE, 60_000)
+        await until(lambda: bool(rig.ear.of(OrderFailed)))
+        assert [(n.ticket, n.reason) for n in rig.ear.of(OrderFailed)] == [(2, "estop_latched")]
+        rig.worker.send(stop_all(3, Kind.RESET_ESTOP))
+        assert rig.give(4, Kind.ENABLE, 60_000)
+        await until(lambda: 4 in [notice.ticket for notice in rig.ear.of(OrderDone)])
+        os.kill(rig.pid, signal.SIGKILL)
+        await until(lambda: len(rig.ear.gone) == 2)
+        await until(rig.ear.hears_all)
+        assert rig.give(5, Kind.ENABLE, 60_000)
+        await until(lambda: 5 in [notice.ticket for notice in rig.ear.of(OrderDone)])
+
+
+async def test_worker_that_hangs_and_takes_no_emergency_stop_is_replaced_at_once(
+    host: PtySerialHost, plan: Plan
+) -> None:
+    async with working(plan) as rig:
+        await until(rig.ear.hears_all)
+        hung = rig.pid
+        os.kill(hung, signal.SIGSTOP)
+        while rig.give(1, Kind.STOP, 60_000):
+            pass
+        assert not rig.worker.send(stop_all(2))
+        await until(lambda: bool(rig.ear.gone))
+        assert rig.ear.gone == [f"worker {hung} ended with status -9"]
+        await until(rig.ear.hears_all)
+        assert rig.give(3, Kind.ENABLE, 60_000)
+        await until(lambda: bool(rig.ear.of(OrderFailed)))
+        assert rig.ear.of(OrderFailed)[0].reason == "estop_latched"
 
 
 async def test_ctrl_c_is_left_to_the_gateway(host: PtySerialHost, plan: Plan) -> None:
