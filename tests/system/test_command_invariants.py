@@ -94,7 +94,7 @@ TTL_MS = 1000
 SKEWED = {-3_600_000, 3_600_000, 5_000}
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, derandomize=True)  # the same streams everywhere; more with a seed of yours
 @given(st.lists(STEP, min_size=20, max_size=50))
 def test_nothing_moves_but_by_a_fresh_accepted_command_within_limits_once(steps: list[Any]) -> None:
     asyncio.run(_play(steps))

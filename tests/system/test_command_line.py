@@ -128,7 +128,9 @@ def test_scan_writes_a_configuration_that_passes_the_check(links: Path, tmp_path
     config = tmp_path / "found.toml"
     arguments = ("--serial", str(links / "serial0"), "--protocol", "feetech_sts", "--ids", "4-6", "--output")
     found = scan(*arguments, str(config))
-    assert (found.returncode, "found feetech_sts id 5" in found.stderr, "STS3215" in found.stdout) == (0, True, True)
+    assert (found.returncode, "found feetech_sts id 5" in found.stderr, "STS3215" in found.stdout) == (0, True, True), (
+        found
+    )
     assert subprocess.run([*COMMAND, "check", str(config)], check=False).returncode == 0
     config.write_text("mine")
     refused = scan(*arguments, str(config))
