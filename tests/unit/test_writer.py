@@ -499,7 +499,7 @@ async def test_reader_that_holds_the_wal_is_named_and_everything_goes_on_and_hea
             assert rig.journal.wal_bytes() == size
             assert f"a reader holds the WAL (0 MB): process {pid} (python" in rig.heard.disk[0]
         await rig.writer.durable()
-        assert rig.heard.disk[1:] == ["recovered"]
+        assert rig.heard.disk[-1] == "recovered"  # perhaps not at the first try: the reader is only just gone
         assert rig.stored() == list(range(1, count + 1))
 
 
