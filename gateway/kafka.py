@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 STOP_S = 0.5  # a client's stop() can hang while its broker is down; the gateway has five seconds for all of its own
 ANSWER_S = 10.0
+SEQ_HEADER = "servo-seq"  # stream and seq of a record whose value has no place for them
 
 
 class TopicMismatch(Exception):

@@ -31,7 +31,6 @@ from gateway.log_reader import (
     Time,
     Topic,
 )
-from gateway.publisher import SEQ_HEADER
 
 POLL_MS = 500
 READ_RECORDS = 8192
@@ -284,5 +283,5 @@ def _entry(topic: Topic, record: ConsumerRecord) -> LogEntry:
         with suppress(ValueError):  # the exact time; Kafka's has milliseconds
             at_ns = _AT.decode(value).at_ns
         with suppress(ValueError):
-            stream, seq = map(int, dict(record.headers).get(SEQ_HEADER, b"").split(b"/"))
+            stream, seq = map(int, dict(record.headers).get(kafka.SEQ_HEADER, b"").split(b"/"))
     return LogEntry(record.offset, stream, seq, at_ns, (record.key or b"").decode(errors="replace"), value)

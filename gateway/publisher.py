@@ -53,7 +53,6 @@ NO_TIMESTAMP = -1  # which the broker takes, whatever its limits
 # A record that the leader has is hidden from readers until its followers have it, or are given up (30 s by default).
 # Only then does a refusal behind an unmoved tail mean that broker and gateway disagree for good.
 HIDDEN_NS = 45 * SECOND
-SEQ_HEADER = "servo-seq"  # stream and seq of a record whose value has no place for them
 
 
 class ForeignRecord(Exception):
@@ -231,7 +230,7 @@ class EntryLane(Lane):
         return decode_outcome(entry.value).state in {State.REJECTED, State.EXPIRED}  # never accepted
 
     def _item(self, entry: StoredEntry) -> Item:
-        header = (SEQ_HEADER, f"{self._stream}/{entry.seq}".encode())
+        header = (kafka.SEQ_HEADER, f"{self._stream}/{entry.seq}".encode())
         return Item(entry.seq, entry.id, entry.at_ns, entry.key.encode(), entry.value, (header,))
 
     def acknowledged(self, seq: int, row: int) -> None:
@@ -240,12 +239,12 @@ class EntryLane(Lane):
 
     def seq_of(self, record: ConsumerRecord) -> tuple[int, int]:
         try:
-            stream, _, seq = dict(record.headers)[SEQ_HEADER].decode().partition("/")
+            stream, _, seq = dict(record.headers)[kafka.SEQ_HEADER].decode().partition("/")
             return int(stream), int(seq)
         except (KeyError, ValueError, UnicodeDecodeError) as error:
             raise ForeignRecord(
                 f"topic {self.topic}, partition {self.partition}, offset {record.offset}: the newest record has no "
-                f"header {SEQ_HEADER}, so the gateway did not write it; only the gateway may write to this topic"
+                f"header {kafka.SEQ_HEADER}, so the gateway did not write it; only the gateway may write to this topic"
             ) from error
 
 

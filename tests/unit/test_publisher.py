@@ -15,6 +15,7 @@ from gateway import publisher as module
 from gateway import recent, telemetry
 from gateway.commands import Outcome, State
 from gateway.journal import Batch, Changes, Journal, JournalReader, ProducerState, StoredEntry
+from gateway.kafka import SEQ_HEADER
 from gateway.producer import (
     EPOCH_MOST,
     SEQUENCE_BITS,
@@ -24,7 +25,7 @@ from gateway.producer import (
     begins_epoch,
     next_epoch,
 )
-from gateway.publisher import SEQ_HEADER, EntryLane, ForeignRecord, Item, Pages, Publisher, TelemetryLane
+from gateway.publisher import EntryLane, ForeignRecord, Item, Pages, Publisher, TelemetryLane
 from gateway.recent import Recent
 from tests.gateway_parts import KAFKA, MOTORS, Numbering, make_config
 
