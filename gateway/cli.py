@@ -9,11 +9,9 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NoReturn
 
-import msgspec
 import typer
 from aiokafka.errors import KafkaError
 from rich.box import SIMPLE_HEAD
@@ -25,24 +23,33 @@ from drivers.buses import BusSpec, CanSpec, SerialSpec, adapters
 from drivers.clock import MS, SECOND, monotonic_ns
 from drivers.errors import DriverError
 from drivers.family import Medium
-from drivers.motor import SETPOINTS, Kind
-from gateway import client, live, log_reader, plans, progress, units
+from gateway import client, live, log_reader, plans
 from gateway import config as configuration
 from gateway import scan as scanning
 from gateway.app import Gateway, run_gateway
-from gateway.commands import Outcome, State
+from gateway.cli_command import command
+from gateway.cli_common import (
+    FAILED,
+    WRONG,
+    ConfigFile,
+    JsonOption,
+    KafkaOption,
+    load_config,
+    parse_start,
+    plain_console,
+    print_json,
+    to_json,
+)
 from gateway.config import Config, ConfigError
 from gateway.draft import draft
-from gateway.events import ARM
 from gateway.journal import JournalError
 from gateway.journal_reader import JournalLog
 from gateway.kafka import TopicMismatch
 from gateway.kafka_reader import KafkaLog
-from gateway.log_reader import LogError, LogReader, Missed, Record, Seq, Start, Time
+from gateway.log_reader import LogError, LogReader, Missed, Record
 from gateway.simulator import build_host
 from gateway.state_dir import StateDir, StateDirError
 
-FAILED, WRONG = 1, 2
 DEMO = "simulated-arm.toml"
 
 STATUS_COLUMNS = (  # key of the status file, header, digits
@@ -63,12 +70,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration of the arm (TOML).")]
-KafkaOption = Annotated[
-    list[str] | None,
-    typer.Option("--kafka", metavar="HOST:PORT", help="Broker to use instead of the one configured; may be repeated."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")]
 
 
@@ -90,11 +91,6 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _load(path: Path, kafka: list[str] | None = None) -> Config:
-    config = configuration.load(path)
-    return configuration.with_kafka(config, kafka) if kafka else config
-
-
 def config_file(name: str) -> Path:
     """A file of ``config/``: beside the package in a checkout, inside it when installed."""
     here = Path(__file__).parent
@@ -105,7 +101,7 @@ def config_file(name: str) -> Path:
 def demo(kafka: KafkaOption = None, verbose: VerboseOption = False) -> None:
     """Run a simulated six-motor arm with a live view; nothing to set up."""
     path = config_file(DEMO)
-    config = _load(path, kafka)
+    config = load_config(path, kafka)
     _run(config, verbose=verbose)
     journal = StateDir(config.arm.state_dir).journal
     shown = path if not path.is_relative_to(Path.cwd()) else path.relative_to(Path.cwd())
@@ -115,7 +111,7 @@ def demo(kafka: KafkaOption = None, verbose: VerboseOption = False) -> None:
 @app.command()
 def run(config: ConfigFile, kafka: KafkaOption = None, verbose: VerboseOption = False) -> None:
     """Run the gateway of an arm until Ctrl-C or SIGTERM."""
-    _run(_load(config, kafka), verbose=verbose)
+    _run(load_config(config, kafka), verbose=verbose)
 
 
 def _run(config: Config, *, verbose: bool) -> None:
@@ -137,7 +133,7 @@ def simulate(
     ] = None,
 ) -> None:
     """Run only the simulated motors; DIR/<bus> leads to each bus's pseudo-terminal (slcan for a CAN bus)."""
-    loaded = _load(config)
+    loaded = load_config(config)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -153,15 +149,15 @@ def simulate(
 def check(config: ConfigFile, as_json: JsonOption = False) -> None:
     """Check a configuration; every fault is reported at once, with its place."""
     try:
-        loaded = _load(config)
+        loaded = load_config(config)
     except ConfigError as error:
         if as_json:
             faults = [{"place": f.place, "line": f.line, "message": f.message} for f in error.faults]
-            _print_json({"ok": False, "faults": faults})
+            print_json({"ok": False, "faults": faults})
             sys.exit(WRONG)
         raise
     if as_json:
-        _print_json({"ok": True, "arm": loaded.arm.name, "motors": len(loaded.motors), "buses": len(loaded.buses)})
+        print_json({"ok": True, "arm": loaded.arm.name, "motors": len(loaded.motors), "buses": len(loaded.buses)})
         return
     where = "Kafka " + ", ".join(loaded.kafka.bootstrap_servers) if loaded.kafka else "the embedded journal alone"
     simulated = ", simulated" if loaded.simulation else ""
@@ -215,9 +211,9 @@ def scan(
         sys.exit(128 + signal.SIGINT)
     finally:  # also what was found before it failed
         if as_json:
-            _print_json(findings.as_json(spec))
+            print_json(findings.as_json(spec))
         elif findings.found:
-            _console().print(scanning.table(findings))
+            plain_console().print(scanning.table(findings))
     if not findings.found:
         _fail("no motor answered: is its power on, and are bit rate, ids and wiring (termination) right?", FAILED)
     text = draft(spec, findings.found)
@@ -296,7 +292,7 @@ def _ids(words: str) -> set[int]:
 def _print_adapters(*, as_json: bool) -> None:
     ports, channels = adapters.serial_ports(), adapters.can_channels()
     if as_json:
-        _print_json({"serial": ports, "can": channels})
+        print_json({"serial": ports, "can": channels})
         return
     for way, found in (("--serial", ports), ("--can", channels)):
         for adapter in found:
@@ -308,11 +304,6 @@ def _print_adapters(*, as_json: bool) -> None:
         print("a channel that is down: ip link set can0 up type can bitrate 1000000")
 
 
-def _console() -> Console:
-    # no markup: what a motor or a library says may hold brackets
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
-
-
 @app.command()
 def status(
     config: ConfigFile,
@@ -320,11 +311,11 @@ def status(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more of each motor, not only faults.")] = False,
 ) -> None:
     """Show what the gateway of an arm says of itself; exit status 1 if none runs."""
-    state = StateDir(_load(config).arm.state_dir)
+    state = StateDir(load_config(config).arm.state_dir)
     pid = state.running_pid()
     found = state.read_status()
     if as_json:
-        _print_json({"running": pid is not None, "pid": pid, **found})
+        print_json({"running": pid is not None, "pid": pid, **found})
     else:
         _print_status(found, pid, verbose=verbose)
     if pid is None:
@@ -332,7 +323,7 @@ def status(
 
 
 def _print_status(found: dict[str, Any], pid: int | None, *, verbose: bool) -> None:
-    console = _console()
+    console = plain_console()
     running = f"runs (process {pid})" if pid is not None else "does not run; this is the last that it said"
     console.print(f"arm {found['arm']}: gateway {running}")
     kafka = found["kafka"]
@@ -394,36 +385,20 @@ def tail(
     as_json: JsonOption = False,
 ) -> None:
     """Print records of the log as they come: telemetry, events, outcomes, or (in Kafka) commands."""
-    loaded = _load(config, kafka)
+    loaded = load_config(config, kafka)
     if topic not in log_reader.TOPICS:
         raise typer.BadParameter(f"--topic {topic}: must be one of {', '.join(log_reader.TOPICS)}")
     if motor is not None and motor not in {m.name for m in loaded.motors}:
         raise typer.BadParameter(f"--motor {motor}: there are {', '.join(m.name for m in loaded.motors)}")
     if (from_kafka or kafka) and loaded.kafka is None:
         raise typer.BadParameter(f"--from-kafka: {config} has no [kafka]; name a broker with --kafka HOST:PORT")
-    where = _start(start)
+    where = parse_start(start)
     log: LogReader
     if from_kafka or kafka:
         log = KafkaLog(loaded, [topic], where, follow=follow, name=reader)
     else:
         log = JournalLog(StateDir(loaded.arm.state_dir), [topic], where, follow=follow, name=reader)
     asyncio.run(_print_records(log, motor, count, named=reader is not None, as_json=as_json))
-
-
-def _start(word: str) -> Start:
-    if word == "beginning":
-        return "beginning"
-    if word == "latest":
-        return "end"
-    if word.isdecimal() and int(word) > 0:
-        return Seq(int(word))
-    try:
-        at = datetime.fromisoformat(word).astimezone()  # a time without a zone is this machine's
-    except ValueError:
-        raise typer.BadParameter(
-            f"--from {word}: must be beginning, latest, a sequence number from 1, or a time as 2026-11-21T15:04:05Z"
-        ) from None
-    return Time((at - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1) * 1000)
 
 
 async def _print_records(log: LogReader, motor: str | None, count: int | None, *, named: bool, as_json: bool) -> None:
@@ -453,7 +428,7 @@ async def _print_records(log: LogReader, motor: str | None, count: int | None, *
 
 
 def _json_line(record: Record) -> str:
-    return _json(record.value)
+    return to_json(record.value)
 
 
 def _text_line(record: Record) -> str:
@@ -472,126 +447,7 @@ def _short(value: object) -> str:
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-@app.command(context_settings={"ignore_unknown_options": True})  # a negative VALUE is no option
-def command(
-    config: ConfigFile,
-    motor: Annotated[str | None, typer.Argument(metavar="MOTOR", help="Name of the motor, or '*' for all.")] = None,
-    kind: Annotated[Kind | None, typer.Argument(metavar="KIND", help=f"One of {', '.join(Kind)}.")] = None,
-    value: Annotated[
-        str | None,
-        typer.Argument(metavar="[VALUE]", help="For example 45deg, 10rpm, 0.3Nm; a plain number: rad, rad/s, N m."),
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MOTOR=VALUE", help="Several motors together, in place of MOTOR and VALUE; repeat it."),
-    ] = None,
-    ttl: Annotated[float, typer.Option("--ttl", metavar="MS", help="Not carried out later than this.")] = 500.0,
-    velocity: Annotated[
-        str | None, typer.Option(metavar="SPEED", help="Speed of the approach to a position: 20deg/s.")
-    ] = None,
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="--no-wait: exit status 0 says only that it was handed over.")
-    ] = True,
-    timeout: Annotated[float, typer.Option(metavar="S", min=0, help="How long it may take, outcome and all.")] = 30.0,
-    issuer: Annotated[str | None, typer.Option(metavar="NAME", help="Who commands, unsigned.")] = None,
-    sign: Annotated[
-        str | None, typer.Option(metavar="ISSUER", help="Who commands; signed with its [[commands.key]].")
-    ] = None,
-    kafka: KafkaOption = None,
-    local: Annotated[
-        bool, typer.Option("--local", help="Through the state directory, even if there is Kafka.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Command a motor and wait for the outcome: exit status 0 only for done.
-
-    Through Kafka where it is configured, else through the state directory; an estop always through the state directory
-    where the gateway runs on this machine.
-    """
-    loaded = _load(config, kafka)
-    if sign is not None and issuer is not None:
-        raise typer.BadParameter("--sign and --issuer: one of the two names who commands")
-    try:
-        asked = _ask(motor, kind, value, target or [], velocity)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    local = local or (asked.kind is Kind.ESTOP and client.runs_here(loaded))
-    sender = client.Client(loaded, issuer=sign or issuer, sign=sign is not None, local=local)
-    goals = asked.goals if not as_json and wait and sys.stdout.isatty() else {}
-    telemetry = client.open_log(loaded, "telemetry", local=local) if goals else None
-    sys.exit(asyncio.run(_command(sender, asked, ttl, timeout, telemetry, wait=wait, as_json=as_json)))
-
-
-class _Asked(NamedTuple):
-    """What a command line asks for, in SI units."""
-
-    motor: str
-    kind: Kind
-    value: float | None = None
-    targets: dict[str, float] | None = None
-    velocity_rad_s: float | None = None
-
-    @property
-    def goals(self) -> dict[str, float]:
-        """{motor: the position in rad that it is to reach}"""
-        if self.kind is not Kind.POSITION:
-            return {}
-        return {self.motor: self.value} if self.value is not None else self.targets or {}
-
-
-def _ask(motor: str | None, kind: Kind | None, value: str | None, targets: list[str], velocity: str | None) -> _Asked:
-    """Raises ValueError for what cannot be meant."""
-    speed = None if velocity is None else units.parse(velocity, Kind.VELOCITY)
-    if targets:
-        if motor not in (None, ARM) or value is not None:
-            raise ValueError("--target names motors and values: leave MOTOR and VALUE out, or write '*' KIND")
-        kind = kind or Kind.POSITION
-        parsed = [units.parse_target(target, kind) for target in targets]
-        if len(dict(parsed)) < len(parsed):
-            raise ValueError("--target: each motor once")
-        return _Asked(ARM, kind, None, dict(parsed), speed)
-    if motor is None or kind is None:
-        raise ValueError("MOTOR and KIND are missing; for several motors together, --target MOTOR=VALUE")
-    if value is None and kind in SETPOINTS:
-        raise ValueError(f"{kind} needs a value")
-    return _Asked(motor, kind, None if value is None else units.parse(value, kind), None, speed)
-
-
-async def _command(
-    sender: client.Client, asked: _Asked, ttl_ms: float, timeout_s: float, telemetry: LogReader | None, *,
-    wait: bool, as_json: bool,
-) -> int:  # fmt: skip
-    """Give it, print what comes of it, and return the exit status."""
-    sent: client.Sent | None = None
-    try:
-        async with asyncio.timeout(timeout_s), sender, progress.shown(telemetry, asked.goals):
-            sent = await sender.send(
-                asked.motor, asked.kind, asked.value, targets=asked.targets, velocity_rad_s=asked.velocity_rad_s,
-                ttl_ms=ttl_ms,
-            )  # fmt: skip
-            if not wait:
-                print(_json({"command_id": sent.command.id}) if as_json else f"sent {sent.command.id}")
-                return 0
-            async for outcome in sent.outcomes(None):
-                _print_outcome(outcome, as_json=as_json)
-    except TimeoutError:
-        told = f"command {sent.command.id}: no final outcome" if sent else "the command could not be sent"
-        raise client.CommandError(f"{told} within {timeout_s:g} s") from None
-    return 0 if sent.final and sent.final.state is State.DONE else FAILED
-
-
-def _print_outcome(outcome: Outcome, *, as_json: bool) -> None:
-    reason = f" ({outcome.reason})" if outcome.reason else ""
-    text = f"{outcome.motor} {outcome.state}{reason} {outcome.detail}".rstrip()
-    print(_json(outcome) if as_json else text, flush=True)
-
-
-def _json(value: object) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-def _print_json(value: object) -> None:
-    print(_json(value))
+app.command(context_settings={"ignore_unknown_options": True})(command)  # a negative VALUE is no option
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""What the commands of the command line share: options, exit statuses, and how they read and print."""
+
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+
+from gateway import config as configuration
+from gateway.config import Config
+from gateway.log_reader import Seq, Start, Time
+
+FAILED, WRONG = 1, 2
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration of the arm (TOML).")]
+KafkaOption = Annotated[
+    list[str] | None,
+    typer.Option("--kafka", metavar="HOST:PORT", help="Broker to use instead of the one configured; may be repeated."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def load_config(path: Path, kafka: list[str] | None = None) -> Config:
+    """The configuration, with these brokers in place of its own. Raises ConfigError."""
+    config = configuration.load(path)
+    return configuration.with_kafka(config, kafka) if kafka else config
+
+
+def parse_start(word: str) -> Start:
+    """Where ``--from`` says to begin. Raises typer.BadParameter."""
+    if word == "beginning":
+        return "beginning"
+    if word == "latest":
+        return "end"
+    if word.isdecimal() and int(word) > 0:
+        return Seq(int(word))
+    try:
+        at = datetime.fromisoformat(word).astimezone()  # a time without a zone is this machine's
+    except ValueError:
+        raise typer.BadParameter(
+            f"--from {word}: must be beginning, latest, a sequence number from 1, or a time as 2026-11-21T15:04:05Z"
+        ) from None
+    return Time((at - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1) * 1000)
+
+
+def plain_console() -> Console:
+    """For tables and words that are not ours."""
+    # no markup: what a motor or a library says may hold brackets
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
+
+
+def to_json(value: object) -> str:
+    """One line of it."""
+    return msgspec.json.encode(value).decode()
+
+
+def print_json(value: object) -> None:
+    """Print one line of it."""
+    print(to_json(value))
