@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from drivers.clock import MS, SECOND
 from hil.judge import JudgeError, Told, judge, judge_entries, judge_journal, read, told_gaps
-from hil.torture.rig import Kept
+from hil.torture.rig import Kept, aside
 
 HOLE_NS = 50 * MS  # ten periods of the sample configuration; shorter holes are a busy machine's
 NEAR_NS = SECOND // 2  # an event that explains a hole lies in it, or so near
@@ -48,21 +48,31 @@ class Account:
     notes: list[str] = field(default_factory=list)
 
 
-def settle(bootstrap: str, arm: str, state: Path, before: Kept, issued: Collection[str], *, flipped: bool) -> Account:
+def settle(
+    bootstrap: str, arm: str, places: Sequence[Path], before: Kept, issued: Collection[str], *, flipped: bool
+) -> Account:
     """The account of an arm whose gateway has stopped. Raises JudgeError if there is nothing to judge.
 
-    ``before``: what journals held before their bits were ``flipped``; ``issued``: commands that the broker took.
+    ``places``: its state directory, and others where journals that it set aside lie; ``before``: what journals held
+    before their bits were ``flipped``; ``issued``: commands that the broker took.
     """
-    return _Settling(bootstrap, arm, state, before, issued, flipped=flipped).settle()
+    return _Settling(bootstrap, arm, places, before, issued, flipped=flipped).settle()
 
 
 class _Settling:
     def __init__(
-        self, bootstrap: str, arm: str, state: Path, before: Kept, issued: Collection[str], *, flipped: bool
+        self,
+        bootstrap: str,
+        arm: str,
+        places: Sequence[Path],
+        before: Kept,
+        issued: Collection[str],
+        *,
+        flipped: bool,
     ) -> None:
         self._bootstrap = bootstrap
         self._arm = arm
-        self._state = state
+        self._paths = [places[0] / "journal.db", *(path for place in places for path in aside(place))]
         self._before = before
         self._issued = issued
         self._flipped = flipped
@@ -100,14 +110,13 @@ class _Settling:
 
     def _journals(self, topic: Kept, told: Sequence[Told]) -> None:
         """Each journal by itself, and what it holds that the topic does not."""
-        for path in journals(self._state):
-            aside = path.name != "journal.db"
+        for path in self._paths:
             kept = Kept()
             try:
                 verdicts = [judge_journal(path, watch_block=kept.take, told=told)]
                 verdicts += [judge_journal(path, name) for name in ("events", "outcomes")]
             except JudgeError as error:
-                (self._found.notes if aside and self._flipped else self._found.wrong).append(str(error))
+                (self._found.notes if path.suffix != ".db" and self._flipped else self._found.wrong).append(str(error))
                 continue
             faults = [f"{path.name}: {fault}" for verdict in verdicts for fault in verdict.faults]
             # what flipped bits have damaged is judged by whether the topic has it, or an event names it
@@ -177,12 +186,6 @@ class _Settling:
                 # it may be less than the step: event time was ahead of a clock that had stepped back
                 stepped = sum(step for when, step in steps if step > 0 and begin <= when <= end + STEP_TOLD_NS)
                 self._found.stall_ms = max(self._found.stall_ms, (end - begin - stepped) / MS)
-
-
-def journals(state: Path) -> list[Path]:
-    """Every journal in a state directory: the one in use, and those that were set aside."""
-    aside = sorted(path for path in state.glob("journal.aside-*") if not path.name.endswith(("-wal", "-shm")))
-    return [state / "journal.db", *aside]
 
 
 async def _values(bootstrap: str, topic: str) -> list[dict[str, Any]]:

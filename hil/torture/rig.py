@@ -1,12 +1,14 @@
 """What the faults are done to: one gateway with all that it stands on.
 
 It is started again whenever it ends, as a service manager does. Its state lies on a small disk of its own (a tmpfs,
-where this process may mount one), its wall clock is libfaketime's (where that is installed), and it reaches the brokers
-through proxies.
+where this process may mount one), from which journals that were set aside are moved away, as whoever looks after the
+machine does: the gateway never deletes one. Its wall clock is libfaketime's (where that is installed), and it reaches
+the brokers through proxies.
 """
 
 import contextlib
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -52,6 +54,12 @@ def faketime() -> Path | None:
 def may_mount() -> bool:
     """Whether this process has a mount namespace of its own, in which it may mount: ``__main__`` makes one."""
     return MOUNTS in os.environ
+
+
+def aside(directory: Path) -> list[Path]:
+    """The journals in a directory that were set aside, oldest first."""
+    numbers = {int(path.suffix.removeprefix(".aside-")): path for path in directory.glob("journal.aside-*[0-9]")}
+    return [numbers[number] for number in sorted(numbers)]
 
 
 class Kept:
@@ -106,6 +114,7 @@ class Rig:
         self.lives: list[Life] = []
         self.ended: list[str] = []  # lives that ended by themselves, and the last they said
         self.kept = Kept()
+        self.archive = scratch / f"{name}.aside"
         self.left_at_stop = 0  # records that a stop in order left to the next start
         self.flipped = False  # bits of the journal were changed
         self.read_only = False  # the state directory is: a gateway that is started now has to refuse, and end
@@ -131,6 +140,7 @@ class Rig:
 
     def __enter__(self) -> Self:
         try:
+            self.archive.mkdir()
             if may_mount():
                 self.arm.state.mkdir()
                 mount("-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(self.arm.state))
@@ -161,11 +171,20 @@ class Rig:
                     if not (self._killed or self._lives_read_only):
                         self.ended.append(self.arm.log_tail)
                     self._start()
+            with contextlib.suppress(OSError):  # read-only: the next time
+                self._archive()
             now = monotonic_ns()
             if now >= look_at and now - self.lives[-1].began_ns > STARTED_S * SECOND:
                 look_at = after(now, int(MEMORY_EVERY_S * SECOND))
                 with contextlib.suppress(OSError, ArmError):
                     self.lives[-1].memory.append((now, pss_mb(self.arm.pid)))
+
+    def _archive(self) -> None:
+        """Move away what was set aside, but for the last, which its successor may still have to read."""
+        for path in aside(self.arm.state)[:-1]:
+            for part in (path.with_name(path.name + suffix) for suffix in ("-shm", "-wal", "")):
+                if part.exists():
+                    shutil.move(part, self.archive / part.name)
 
     def _start(self) -> None:
         self._killed, self._lives_read_only = False, self.read_only

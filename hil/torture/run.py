@@ -132,8 +132,9 @@ def _run(
             during(rig, result)
             result.wrong += rig.finish()
             arm = rig.arm
+            places = [arm.state, rig.archive]
             result.account = settle(
-                cluster.bootstrap, arm.name, arm.state, rig.kept, rig.follower.issued, flipped=rig.flipped
+                cluster.bootstrap, arm.name, places, rig.kept, rig.follower.issued, flipped=rig.flipped
             )
             if rig.left_at_stop:
                 result.account.notes.append(

@@ -53,7 +53,7 @@ async def tell(kafka: Kafka, arm: str, **details: object) -> None:
 
 
 def settled(kafka: Kafka, arm: str, state: Path) -> tuple[int, int, int, int]:
-    account = settle(kafka.bootstrap, arm, state, Kept(), [], flipped=False)
+    account = settle(kafka.bootstrap, arm, [state], Kept(), [], flipped=False)
     return account.offered, account.published, account.lost, account.told
 
 
