@@ -36,7 +36,7 @@ from drivers.notices import (
     SamplesLost,
 )
 from gateway import kafka_commands, local_commands, plans
-from gateway.aside import Left, set_aside, without_successor
+from gateway.aside import Left, set_aside, set_aside_before, without_successor
 from gateway.board import Board, MotorView
 from gateway.commander import Commander
 from gateway.config import Config
@@ -99,10 +99,12 @@ class Gateway:
                 self._reader,
                 dict(journal.heads),
                 self._recent,
+                set_aside_before(state.journal),
                 state.owner(),
                 bookmark=self._writer.published,
                 changed=self._kafka_changed,
                 event=self._event,
+                lost=self._writer.lost_before,
                 remember=self._remember_producer,
             )
             if config.kafka

@@ -7,11 +7,13 @@ reading commands where the old one stopped, remembers their ids, and ends those 
 import contextlib
 import logging
 import sqlite3
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from gateway.evidence import Evidence
-from gateway.journal import CommandState, JournalError, Lost, read_rows
+from gateway.journal import CommandState, JournalError, JournalReader, Lost, ProducerState, read_rows
 from gateway.telemetry import by_partition
 from gateway.wal import mend, wal_path
 
@@ -19,6 +21,8 @@ log = logging.getLogger(__name__)
 
 IDS_MOST = 100_000  # of commands, the newest
 _IDS_AT_ONCE = 500  # what damage takes with it
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -46,9 +50,13 @@ class Left:
             known |= {at: max(seq, known.get(at, 0)) for at, seq in more.items() if seq}
 
     def lost(self, *, published: bool) -> list[Lost]:
-        """What the broker does not have; or, where nothing is published, what cannot be read of the journal."""
-        reached = self.acknowledged if published else self.held
-        spans = [Lost(at, reached.get(at, 0) + 1, newest) for at, newest in sorted(self.seqs.items())]
+        """What cannot be read of the journal, and is not with the broker either, as far as is known.
+
+        What lies before the newest that can be read, and is damaged, is told when it is published or read.
+        """
+        known = (self.held, self.acknowledged) if published else (self.held,)
+        reached = {at: max(seqs.get(at, 0) for seqs in known) for at in self.seqs}
+        spans = [Lost(at, reached[at] + 1, newest) for at, newest in sorted(self.seqs.items())]
         return [span for span in spans if span.from_seq <= span.to_seq]
 
 
@@ -81,22 +89,81 @@ def without_successor(path: Path) -> Left | None:
     return _read_aside(path.with_suffix(f".aside-{number}"), "its successor could not begin at once")
 
 
-def _newest_number(path: Path) -> int:
+def set_aside_before(path: Path) -> list[Path]:
+    """The journals that stood at ``path`` and were set aside, oldest first."""
+    return [path.with_suffix(f".aside-{number}") for number in _numbers(path)]
+
+
+class Aside(NamedTuple):
+    """A journal that was set aside, as far as it can be read; what cannot is as if it were not there.
+
+    ``held``: its newest sequence numbers, and ``published``: (seq, row) that the broker had, by topic and partition.
+    """
+
+    path: Path
+    stream: int
+    motors: dict[int, str]
+    held: dict[tuple[str, int], int]
+    published: dict[tuple[str, int], tuple[int, int]]
+    producer: ProducerState | None
+    ends: tuple[int, int]
+    reader: JournalReader
+
+
+def open_aside(path: Path) -> Aside | None:
+    """Open a journal that was set aside; None if nothing of it can be read."""
+    left = Left(path, "")
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(_uri(path), uri=True)) as db:
+        _salvage(db, left, (_identity, _heads, _newest))
+    try:
+        reader = JournalReader(path, uri=_uri(path))
+    except JournalError as error:
+        log.warning("%s", error)
+        return None
+    held = {("telemetry", at): seq for at, seq in left.held.items()}
+    return Aside(
+        path,
+        reader.stream,
+        left.motors,
+        held | (_read(reader.newest_entries) or {}),
+        _read(reader.published) or {},
+        _read(reader.producer),
+        _read(reader.ends) or (0, 0),
+        reader,
+    )
+
+
+def _read(what: Callable[[], T]) -> T | None:
+    try:
+        return what()
+    except sqlite3.Error as error:
+        log.warning("a journal that was set aside: %s", error)
+        return None
+
+
+def _uri(aside: Path) -> str:
+    # without a WAL, SQLite need not make one to read it
+    return f"file:{aside}?mode=ro" if wal_path(aside).exists() else f"file:{aside}?mode=ro&immutable=1"
+
+
+def _numbers(path: Path) -> list[int]:
     numbers = [file.suffix.removeprefix(".aside-") for file in path.parent.glob(f"{path.stem}.aside-*")]
-    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+    return sorted(int(number) for number in numbers if number.isdecimal())
+
+
+def _newest_number(path: Path) -> int:
+    return max(_numbers(path), default=0)
 
 
 def _read_aside(aside: Path, why: str) -> Left:
     left = Left(aside, why)
-    # without a WAL, SQLite need not make one to read it
-    how = "mode=ro" if wal_path(aside).exists() else "mode=ro&immutable=1"
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(f"file:{aside}?{how}", uri=True)) as db:
-        _salvage(db, left)
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(_uri(aside), uri=True)) as db:
+        _salvage(db, left, (_identity, _heads, _acknowledged, _inbox, _newest, _commands))
     return left
 
 
-def _salvage(db: sqlite3.Connection, left: Left) -> None:
-    for look in (_identity, _heads, _acknowledged, _inbox, _newest, _commands):
+def _salvage(db: sqlite3.Connection, left: Left, looks: Iterable[Callable[[sqlite3.Connection, Left], None]]) -> None:
+    for look in looks:
         with contextlib.suppress(sqlite3.Error, TypeError, ValueError):  # what cannot be read stays unknown
             look(db, left)
     left.held = dict(left.seqs)

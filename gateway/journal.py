@@ -460,17 +460,20 @@ class Journal:
 class JournalReader:
     """A reader's side: a connection of its own, read-only. Short transactions: it never holds the writer up."""
 
-    def __init__(self, path: Path, busy_s: float = BUSY_S, damaged: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, path: Path, busy_s: float = BUSY_S, damaged: Callable[[int], None] | None = None, *, uri: str = ""
+    ) -> None:
         """Raises JournalError if there is no journal at ``path``.
 
         ``busy_s``: how long a call waits for somebody's lock. ``damaged`` is called with each telemetry row that
-        turns out to be unreadable.
+        turns out to be unreadable. ``uri``: how SQLite is to open it, if not read-only as any other.
         """
         if not path.exists():
             raise JournalError(f"journal {path}: there is none (has the gateway run with this state_dir?)")
         self._damaged = damaged
         try:
-            self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False, timeout=busy_s)
+            where = uri or f"file:{path}?mode=ro"
+            self._db = sqlite3.connect(where, uri=True, check_same_thread=False, timeout=busy_s)
             row = self._db.execute("SELECT stream, arm FROM stream").fetchone()
         except sqlite3.Error as error:
             raise JournalError(f"journal {path}: {error}") from error

@@ -16,8 +16,8 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from drivers.clock import MS, SECOND, epoch_ns, monotonic_ns
 from gateway import telemetry
+from gateway.lanes import BATCH_RECORDS
 from gateway.producer import BATCH_BYTES
-from gateway.publisher import BATCH_RECORDS
 
 PARTITIONS = 6
 

@@ -60,9 +60,9 @@ _WRITER_THREAD = {
 }
 _MAIN_THREAD = {
     "gateway.recent:Recent.append": PAGES,
-    "gateway.publisher:Pages.behind": PAGES,
-    "gateway.publisher:TelemetryLane.take": PAGES,
-    "gateway.publisher:Publisher._send": APPEND,  # what is not in another stage: the loop of appends
+    "gateway.lanes:Pages.behind": PAGES,
+    "gateway.lanes:TelemetryLane.take": PAGES,
+    "gateway.flow:Flow._send": APPEND,  # what is not in another stage: the loop of appends
     "gateway.publisher:Publisher.committed": PUBLISHER,
     "gateway.app:Gateway.committed": TOLD,
     "aiokafka:AIOKafkaProducer.create_batch": SEND,

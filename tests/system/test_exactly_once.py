@@ -10,14 +10,16 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from gateway import claim, telemetry
-from gateway import publisher as module
+from gateway import claim, flow, telemetry
+from gateway.aside import set_aside, set_aside_before
+from gateway.commands import Outcome, State
 from gateway.config import Config
 from gateway.events import EventType
-from gateway.journal import Batch, Changes, Journal, JournalReader, ProducerState
+from gateway.journal import Batch, Changes, Journal, JournalReader, Lost, ProducerState, StoredEntry
 from gateway.producer import SEQUENCE_BITS
 from gateway.publisher import Publisher
 from gateway.recent import Recent
@@ -41,12 +43,23 @@ class Gateway:
         self.told: list[tuple[str, str]] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.when_up: Callable[[], None] = lambda: None
+        self.lost: list[tuple[int, list[Lost]]] = []
         self.shift_ns = 0
+        self.owner = f"owner of {arm}"
+        self._begin_stream()
+
+    def _begin_stream(self) -> None:
         with closing(self.journal()) as journal:
             self.stream = journal.stream
-        self.owner = f"owner of {self.stream}"
         self._numbering = Numbering(self.stream)
         self.newest = 0  # number of each motor
+
+    def set_aside(self) -> Path:
+        """Its journal gives way to another."""
+        aside = set_aside(self.path, "for a test").path
+        self.shift_ns += self.newest  # times go on
+        self._begin_stream()
+        return aside
 
     def journal(self) -> Journal:
         return Journal(self.path, self.arm, MOTORS, 1 << 30)
@@ -103,10 +116,12 @@ class Run:
             reader,
             dict(journal.heads),
             self._recent,
+            set_aside_before(gateway.path),
             gateway.owner,
             bookmark=lambda *at: None,
             changed=gateway.changed,
             event=lambda kind, **details: gateway.events.append((kind, details)),
+            lost=lambda stream, lost, why: gateway.lost.append((stream, list(lost))),
             remember=self._remember,
         )
 
@@ -237,6 +252,79 @@ async def test_what_was_on_its_way_does_not_come_behind_a_gap(gateway: Gateway, 
     assert [(part.gaps, part.last_seq) for part in found.partitions] == [(5, gateway.newest)] * 2
 
 
+# --- a journal that was set aside -------------------------------------------------------------------------------------
+
+
+def write_unseen(gateway: Gateway, count: int) -> None:
+    """Records of each motor, a row each, and an outcome, which no publisher learns of."""
+    with closing(gateway.journal()) as journal:
+        for _ in range(count):
+            journal.commit(Changes(batch=Batch(journal.row + 1, gateway.records(1))))
+        number = journal.entry + 1
+        outcome = msgspec.json.encode(Outcome(f"c{number}", "joint1", State.DONE, 1, 1))
+        journal.commit(Changes(entries=[StoredEntry(number, "outcomes", 0, number, 1, "joint1", outcome)]))
+
+
+async def published(broker: Broker, gateway: Gateway, stream: int) -> dict[int, list[int]]:
+    """{partition: sequence numbers of a stream}"""
+    found: dict[int, list[int]] = {motor: [] for motor in MOTORS}
+    async for record in read(broker.bootstrap, f"servo.{gateway.arm}.telemetry"):
+        values = telemetry.decode([record.value], record.partition)[0]
+        if values["stream"] == stream:
+            found[record.partition].append(int(values["seq"]))
+    return found
+
+
+async def test_what_the_broker_lacks_of_a_journal_that_was_set_aside_comes_before_its_successor(
+    gateway: Gateway, broker: Broker
+) -> None:
+    async with gateway.running() as run:
+        run.write(10)
+        await run.acknowledged()
+    write_unseen(gateway, 5)
+    first = gateway.stream
+    gateway.set_aside()
+    write_unseen(gateway, 4)  # no broker all its life
+    second = gateway.stream
+    gateway.set_aside()
+    for _ in range(2):  # the second time there is nothing to be done
+        async with gateway.running() as run:
+            run.write(3)
+            await run.acknowledged()
+    found = await judged(broker, gateway)
+    assert (found.ok, found.streams, gateway.lost) == (True, 3, [(first, []), (second, [])] * 2)
+    assert await published(broker, gateway, first) == {motor: list(range(1, 16)) for motor in MOTORS}
+    assert await published(broker, gateway, second) == {motor: list(range(1, 5)) for motor in MOTORS}
+    outcomes = [record.value async for record in read(broker.bootstrap, f"servo.{gateway.arm}.outcomes")]
+    assert len(outcomes) == 2
+
+
+async def test_what_a_killed_gateway_had_on_its_way_comes_once_also_if_its_journal_was_set_aside(
+    gateway: Gateway, broker: Broker, proxy: Proxy
+) -> None:
+    await hold_what_a_killed_run_sent(gateway, proxy)
+    gateway.set_aside()
+    async with gateway.running() as run:
+        run.write(4)
+        await run.acknowledged()
+    await deliver(broker, gateway, proxy)
+    found = await judged(broker, gateway)
+    assert (found.ok, found.records) == (True, 2 * (13 + gateway.newest))
+
+
+async def test_what_cannot_be_read_of_a_journal_that_was_set_aside_is_told(gateway: Gateway, broker: Broker) -> None:
+    write_unseen(gateway, 9)
+    first = gateway.stream
+    path = gateway.set_aside()
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE telemetry SET crc = crc + 1 WHERE id IN (3, 4)")
+    async with gateway.running() as run:
+        run.write(2)
+        await run.acknowledged()
+    assert gateway.lost == [(first, [Lost(0, 3, 4), Lost(1, 3, 4)])]
+    assert await published(broker, gateway, first) == {motor: [1, 2, 5, 6, 7, 8, 9] for motor in MOTORS}
+
+
 # --- the identity and the broker --------------------------------------------------------------------------------------
 
 
@@ -293,7 +381,7 @@ async def test_a_place_that_the_broker_does_not_accept_is_given_up_for_a_new_ide
     gateway: Gateway, broker: Broker, monkeypatch: pytest.MonkeyPatch, shift: int
 ) -> None:
     """As with a state directory that was copied: numbers that do not fit, an epoch too low, and before the first."""
-    monkeypatch.setattr(module, "HIDDEN_NS", 0)
+    monkeypatch.setattr(flow, "HIDDEN_NS", 0)
     async with gateway.running() as run:
         run.write(10)
         await run.acknowledged()

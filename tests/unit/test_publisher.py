@@ -11,11 +11,12 @@ from aiokafka import ConsumerRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import publisher as module
+from gateway import lanes as module
 from gateway import recent, telemetry
 from gateway.commands import Outcome, State
 from gateway.journal import Batch, Changes, Journal, JournalReader, ProducerState, StoredEntry
 from gateway.kafka import SEQ_HEADER
+from gateway.lanes import EntryLane, ForeignRecord, Item, Pages, TelemetryLane
 from gateway.producer import (
     EPOCH_MOST,
     SEQUENCE_BITS,
@@ -25,7 +26,7 @@ from gateway.producer import (
     begins_epoch,
     next_epoch,
 )
-from gateway.publisher import EntryLane, ForeignRecord, Item, Pages, Publisher, TelemetryLane
+from gateway.publisher import Publisher
 from gateway.recent import Recent
 from tests.gateway_parts import KAFKA, MOTORS, Numbering, make_config
 
@@ -282,20 +283,22 @@ def test_publisher_has_a_lane_for_all_that_the_arm_writes(journal: Journal, tmp_
             reader,
             {},
             newest,
+            [],
             "owner",
             bookmark=lambda *at: told.append(at),
             changed=lambda *state: told.append(state),
             event=lambda kind, **details: told.append(kind),
+            lost=lambda *what: told.append(what),
             remember=remember,
         )
-        lanes = {(lane.topic, lane.partition) for lane in publisher._lanes}
+        found = {(lane.topic, lane.partition) for lane in publisher._flow.lanes}
         topics = ("telemetry", "events", "outcomes")
-        assert lanes == {(f"servo.arm1.{topic}", partition) for topic in topics for partition in (0, 1)}
+        assert found == {(f"servo.arm1.{topic}", partition) for topic in topics for partition in (0, 1)}
         entries = make_entries("outcomes", 1, 1) + make_entries("unknown", 5, 1, first_id=2)
         newest.append(Batch(1, Numbering().records([1])), entries)
         newest.saved(1, 2)
         publisher.committed(entries)
-        pending = {(lane.name, lane.partition) for lane in publisher._lanes if lane.pending() and lane.take()}
+        pending = {(lane.name, lane.partition) for lane in publisher._flow.lanes if lane.pending() and lane.take()}
         assert pending == {("telemetry", 1), ("outcomes", 1)}
         assert publisher.acknowledged(1) == 0
     assert told == []
