@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of everything that is random (%(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=sorted(FAULTS), help=", ".join(FAULTS))
     parser.add_argument("--nodes", type=int, default=3, help="brokers (%(default)s)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep state directories, logs and topics there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON too")
     options = parser.parse_args(arguments)
     if SCRATCH not in os.environ:
@@ -50,10 +51,12 @@ def main(arguments: Sequence[str]) -> int:
             chosen = [fault for fault in choose(options.only) if fault.name not in missing]
             for fault in chosen if options.times else ():
                 _tell(f"{fault.name}, alone")
-                results.append(alone(fault, options.times, scratch, cluster, options.seed, _tell))
+                run = alone(fault, options.times, scratch, cluster, options.seed, _tell, options.keep)
+                results.append(run)
             if options.minutes:
                 _tell(f"mixed, {options.minutes:g} minutes")
-                results.append(mixed(chosen, options.minutes, scratch, cluster, options.seed, _tell))
+                run = mixed(chosen, options.minutes, scratch, cluster, options.seed, _tell, options.keep)
+                results.append(run)
     finally:  # also what came before Ctrl-C
         print(text(results, missing))
         if options.json:

@@ -6,7 +6,9 @@ machine does: the gateway never deletes one. Its wall clock is libfaketime's (wh
 the brokers through proxies.
 """
 
+import asyncio
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +25,13 @@ from numpy.typing import NDArray
 from drivers.clock import SECOND, after, epoch_ns, left_s, monotonic_ns, sleep_until
 from hil.arm import Arm, ArmError
 from hil.cluster import Cluster
-from hil.judge import Block, JudgeError, judge_journal
+from hil.contract import read_sample
+from hil.judge import Block, JudgeError, judge_journal, read
 from hil.torture.follower import Follower
 
 SCRATCH = "SERVO_GATEWAY_TORTURE_SCRATCH"  # in the environment inside: the directory for everything
 MOUNTS = "SERVO_GATEWAY_TORTURE_MOUNTS"  # and whether it may mount there
-DISK_MB = 96
+DISK_MB = 128
 JOURNAL_MB = 24
 RATE_HZ = 200.0  # of the sample configuration's buses
 RESTART_S = 0.3
@@ -272,6 +275,16 @@ class Rig:
         )
         return sum(max(0, end - self.follower.seq(motor)) for motor, end in ends.items())
 
+    def keep(self, directory: Path) -> None:
+        """Copy what the gateway left there: its directory, what was moved away, its topics, the commands it got."""
+        mine = directory / self.arm.name
+        shutil.copytree(self.arm.directory, mine, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sim", "ballast"))
+        shutil.copytree(self.archive, mine / "archive", dirs_exist_ok=True)
+        (mine / "issued").write_text("\n".join(self.follower.issued))
+        for topic in ("telemetry", "events", "outcomes", "commands"):
+            with (mine / f"{topic}.jsonl").open("wb") as file:
+                asyncio.run(_dump(self.cluster.bootstrap, f"servo.{self.arm.name}.{topic}", file))
+
     def close(self) -> None:
         """Kill it, and let its disk go."""
         self._stopping.set()
@@ -321,6 +334,18 @@ class Rig:
             finally:
                 for proxy in self.cluster.proxies.values():
                     proxy.flow()
+
+
+async def _dump(bootstrap: str, topic: str, file: BinaryIO) -> None:
+    """A line for each record: partition, offset, headers, value (of telemetry: stream, seq, time)."""
+    async for record in read(bootstrap, topic):
+        value = record.value.decode(errors="replace")
+        if topic.endswith(".telemetry"):
+            sample = read_sample(record.partition, record.offset, record.key, record.value)
+            value = f"{sample.stream} {sample.seq} {sample.sampled_at_ns}"
+        headers = {name: text.decode() for name, text in record.headers}
+        line = json.dumps([record.partition, record.offset, record.timestamp, headers, value])
+        file.write(line.encode() + b"\n")
 
 
 def pss_mb(pid: int) -> float:

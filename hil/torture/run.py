@@ -64,7 +64,9 @@ class Result:
         return {"ok": not self.wrong, **asdict(self)}
 
 
-def alone(fault: Fault, times: int, scratch: Path, cluster: Cluster, seed: int, tell: Callable[[str], None]) -> Result:
+def alone(
+    fault: Fault, times: int, scratch: Path, cluster: Cluster, seed: int, tell: Callable[[str], None], keep: Path | None
+) -> Result:
     """One fault, so many times, on a gateway of its own."""
 
     def during(rig: Rig, result: Result) -> None:
@@ -73,11 +75,17 @@ def alone(fault: Fault, times: int, scratch: Path, cluster: Cluster, seed: int, 
             rig.wait(chance.uniform(*PAUSE_S))
             _cause(fault, rig, chance, result, tell)
 
-    return _run(fault.name, scratch, cluster, f"{seed} {fault.name}", during, clock=fault.group == "clock")
+    return _run(fault.name, scratch, cluster, f"{seed} {fault.name}", during, keep, clock=fault.group == "clock")
 
 
 def mixed(
-    faults: Sequence[Fault], minutes: float, scratch: Path, cluster: Cluster, seed: int, tell: Callable[[str], None]
+    faults: Sequence[Fault],
+    minutes: float,
+    scratch: Path,
+    cluster: Cluster,
+    seed: int,
+    tell: Callable[[str], None],
+    keep: Path | None,
 ) -> Result:
     """All of ``faults`` at random for so long; one thread a group."""
     groups = {fault.group: [other for other in faults if other.group == fault.group] for fault in faults}
@@ -100,7 +108,7 @@ def mixed(
         for thread in threads:
             thread.join()
 
-    return _run("mixed", scratch, cluster, f"{seed} mixed", during, clock="clock" in groups)
+    return _run("mixed", scratch, cluster, f"{seed} mixed", during, keep, clock="clock" in groups)
 
 
 def _cause(fault: Fault, rig: Rig, chance: random.Random, result: Result, tell: Callable[[str], None]) -> None:
@@ -123,7 +131,14 @@ def _cause(fault: Fault, rig: Rig, chance: random.Random, result: Result, tell: 
 
 
 def _run(
-    name: str, scratch: Path, cluster: Cluster, seed: str, during: Callable[[Rig, Result], None], *, clock: bool
+    name: str,
+    scratch: Path,
+    cluster: Cluster,
+    seed: str,
+    during: Callable[[Rig, Result], None],
+    keep: Path | None,
+    *,
+    clock: bool,
 ) -> Result:
     result = Result(name)
     began = monotonic_ns()
@@ -133,6 +148,8 @@ def _run(
             result.wrong += rig.finish()
             arm = rig.arm
             places = [arm.state, rig.archive]
+            if keep:
+                rig.keep(keep)
             result.account = settle(
                 cluster.bootstrap, arm.name, places, rig.kept, rig.follower.issued, flipped=rig.flipped
             )
