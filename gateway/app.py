@@ -39,6 +39,7 @@ from gateway import kafka_commands, local_commands, plans
 from gateway.aside import Left, set_aside, set_aside_before, without_successor
 from gateway.board import Board, MotorView
 from gateway.commander import Commander
+from gateway.commands import decode_outcome
 from gateway.config import Config
 from gateway.event_time import EventTime
 from gateway.events import ARM, EventType, make_event
@@ -124,10 +125,14 @@ class Gateway:
         left.inbox |= self._writer.inbox()
         left.newest_ns = max(left.newest_ns, self._time.now())
         left.commands |= {state.id: state for state in self._commander.memory()}
-        # what became of these was never told: the successor ends them
-        left.commands |= {state.id: state._replace(final=False) for state in self._writer.unsaved_commands()}
+        told: set[str] = set()
         if self._publisher:
             left.acknowledged |= {at: self._publisher.acknowledged(at) for at in self.board.motors}
+            outcomes = [entry for entry in self._writer.unsaved_entries() if entry.topic == "outcomes"]
+            told = {decode_outcome(entry.value).command_id for entry in outcomes
+                    if entry.seq <= self._publisher.acknowledged(entry.partition, "outcomes")}  # fmt: skip
+        # what became of these was never told, but for some: the successor ends them
+        left.commands |= {state.id: state._replace(final=state.id in told) for state in self._writer.unsaved_commands()}
         return left
 
     async def run(self) -> None:

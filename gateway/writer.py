@@ -261,6 +261,11 @@ class LogWriter:
         with self._wake:
             return [state for piece in (*self._unsaved, self._gathering) for state in piece.changes.commands]
 
+    def unsaved_entries(self) -> list[StoredEntry]:
+        """Events and outcomes that have their numbers, and that no commit has taken yet."""
+        with self._wake:
+            return [entry for piece in self._unsaved for entry in piece.changes.entries]
+
     def stop(self, timeout_s: float) -> bool:
         """Commit what is pending and end the thread. False if the disk did not let it within ``timeout_s``."""
         with self._wake:
