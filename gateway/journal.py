@@ -187,6 +187,7 @@ class Journal:
         self.path = path
         try:
             self.db = self._open(path, arm)
+            self._identity = identity(path)
             with contextlib.ExitStack() as undo:
                 undo.callback(self.db.close)
                 self.stream = int.from_bytes(self._one("SELECT stream FROM stream"), "little")
@@ -288,8 +289,11 @@ class Journal:
     def commit(self, *changes: Changes) -> None:
         """Write ``changes`` in one transaction.
 
-        Raises sqlite3.Error and has written nothing: try again, the same changes are still good.
+        Raises sqlite3.Error and has written nothing: try again, the same changes are still good. A file that its path
+        does not lead to any more (a disk that was taken away, a directory that was removed) takes nothing.
         """
+        if identity(self.path) != self._identity:
+            raise sqlite3.OperationalError("the journal was removed or replaced")
         heads = dict(self.heads)
         self.db.execute("BEGIN IMMEDIATE")
         try:
@@ -547,6 +551,15 @@ class JournalReader:
     def close(self) -> None:
         """Close the connection."""
         self._db.close()
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path leads to; None for none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def ends(db: sqlite3.Connection) -> tuple[int, int]:

@@ -5,7 +5,6 @@ same where a reader comes back after that. A slow or hanging disk delays this re
 """
 
 import asyncio
-import re
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,9 @@ from typing import Literal, NamedTuple, Self, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from gateway.aside import set_aside_before
 from gateway.cursor import Cursor
-from gateway.journal import BUSY_S, is_broken, newest_entries, read_rows
+from gateway.journal import BUSY_S, identity, is_broken, newest_entries, read_rows
 from gateway.log_reader import (
     Entries,
     Key,
@@ -45,8 +45,6 @@ READ_ROWS = 256  # in one transaction, at most
 READ_ENTRIES = 1000
 GONE = "not in the journal, or not any more"
 
-_ASIDE = re.compile(r"\.aside-[0-9]+$")
-
 T = TypeVar("T")
 
 
@@ -65,7 +63,7 @@ class JournalFile:
     def __init__(self, path: Path) -> None:
         """Raises LogError if there is no journal at ``path``."""
         self._limit = 1  # rows in one transaction: as many as make READ_BYTES
-        self.identity = _identity(path)
+        self.identity = identity(path)
         if self.identity is None:
             raise LogError(f"journal {path}: there is none (has the gateway run with this state_dir?)")
         with ExitStack() as undo:
@@ -247,7 +245,9 @@ class JournalLog(LogReader):
 
     def _begin(self) -> None:
         given = self._given()
-        self._file, gone = _open_first(_journals(self._path), {position.stream for position in given.values()})
+        self._file, gone = _open_first(
+            [*set_aside_before(self._path), self._path], {position.stream for position in given.values()}
+        )
         file = self._file
         self._position = {key: at for key, at in given.items() if at.stream not in gone}
         self._due = set(self._position)
@@ -391,10 +391,10 @@ class JournalLog(LogReader):
 
     def _successor(self, file: JournalFile) -> list[Path]:
         """Where the log goes on if ``file`` was set aside: the next that can be read is the one."""
-        if _identity(self._path) in {file.identity, None}:
+        if identity(self._path) in {file.identity, None}:
             return []
-        journals = _journals(self._path)
-        identities = [_identity(path) for path in journals]
+        journals = [*set_aside_before(self._path), self._path]
+        identities = [identity(path) for path in journals]
         return journals[identities.index(file.identity) + 1 :] if file.identity in identities else [self._path]
 
     def _go_over(self, paths: Sequence[Path]) -> bool:
@@ -417,21 +417,6 @@ class JournalLog(LogReader):
         for key, at in unread.items():
             if at.stream != self._file.stream:
                 self._parts.append(Missed(*key, at.stream, at.offset, None, why, began))
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Which file a path leads to; None for none."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _journals(path: Path) -> list[Path]:
-    """The journal and those set aside before it (``journal.aside-1``, ...), oldest first."""
-    aside = [file for file in path.parent.glob(f"{path.stem}.aside-*") if _ASIDE.search(file.name)]
-    return [*sorted(aside, key=lambda file: int(file.name.rpartition("-")[2])), path]
 
 
 def _open_first(paths: Sequence[Path], streams: Collection[int]) -> tuple[JournalFile, set[int]]:

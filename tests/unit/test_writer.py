@@ -113,6 +113,13 @@ class Rig:
             yield
 
     @contextlib.contextmanager
+    def removed(self) -> Iterator[None]:
+        """The directory is not there: its disk was taken away."""
+        away = self.path.parent.rename(self.path.parent.with_name("away"))
+        yield
+        away.rename(self.path.parent)
+
+    @contextlib.contextmanager
     def full(self) -> Iterator[None]:
         """SQLite may not make the file any larger: the same to it as a full disk."""
         pages = self.journal.db.execute("PRAGMA page_count").fetchone()[0]
@@ -246,7 +253,7 @@ async def test_stop_commits_what_is_pending(tmp_path: Path) -> None:
 # --- a sick disk ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sick", ["locked", "full"])
+@pytest.mark.parametrize("sick", ["locked", "full", "removed"])
 async def test_sick_disk_delays_nobody_loses_and_repeats_nothing_and_is_told_once(tmp_path: Path, sick: str) -> None:
     async with writing(Rig(tmp_path)) as rig:
         rig.writer.samples(make_samples([0, 1]))
@@ -258,14 +265,18 @@ async def test_sick_disk_delays_nobody_loses_and_repeats_nothing_and_is_told_onc
                 await asyncio.sleep(0.001)
             await until(lambda: rig.heard.seqs(1, saved=(False,)) == list(range(2, 22)))
             assert [entry.seq for entry in rig.heard.entries()] == list(range(1, 21))
-            assert rig.stored(1) == [1]
+            assert rig.journal.row == 1
         await rig.writer.durable()
         assert rig.stored(1) == list(range(1, 22))
         assert [entry.value for entry in rig.events()] == [b"%d" % number for number in range(20)]
         await until(lambda: rig.heard.saved_upto == (rig.journal.row, rig.journal.entry))
     assert rig.heard.seqs(1) == list(range(1, 22))  # each told once
     assert rig.heard.entries() == rig.events()
-    message = {"locked": "database is locked", "full": "database or disk is full"}[sick]
+    message = {
+        "locked": "database is locked",
+        "full": "database or disk is full",
+        "removed": "the journal was removed or replaced",
+    }[sick]
     assert rig.heard.disk == [message, "recovered"]
 
 
