@@ -161,7 +161,7 @@ class Publisher:
             keeping.add_done_callback(self._claim_ended)
             tails = await self._ask_tails()
             while flow := self._earlier.begin(tails):
-                await self._run(flow, cluster, drain=True)
+                await self._run(flow, cluster, keeping, drain=True)
                 self._earlier.done()
                 tails = await self._ask_tails()
             if not self._flow.known_to(cluster):
@@ -171,10 +171,12 @@ class Publisher:
             except JournalBehind:
                 await self.claim.give_up()  # the stream that begins next is another
                 raise
-            await self._run(self._flow, cluster, drain=False)
+            await self._run(self._flow, cluster, keeping, drain=False)
 
-    async def _run(self, flow: Flow, cluster: str, *, drain: bool) -> None:
+    async def _run(self, flow: Flow, cluster: str, keeping: "asyncio.Task[None]", *, drain: bool) -> None:
         self._running = flow
+        if keeping.done():  # meanwhile, and nobody was told
+            await keeping
         await flow.run(cluster, self._options, lambda: self._tell("up", ""), drain=drain)
 
     def _claim_ended(self, keeping: "asyncio.Task[None]") -> None:
