@@ -216,6 +216,7 @@ class Flow:
         if isinstance(error, InvalidTimestampError) and monotonic_ns() >= lane.undated_until:
             lane.undated_until = after(monotonic_ns(), UNDATED_NS)
             self._ear.refused_time(lane.topic)
+            lane.acknowledged(lane.seq, lane.row)  # nothing more: what was taken is taken again
             self._wake.set()
             return
         if isinstance(error, OutOfOrderSequenceNumber | UnknownProducerId):

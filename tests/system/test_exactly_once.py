@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+from drivers.clock import SECOND, epoch_ns
 from gateway import claim, flow, telemetry
 from gateway.aside import set_aside, set_aside_before
 from gateway.commands import Outcome, State
@@ -30,6 +31,8 @@ from hil.proxy import Proxy
 from tests.gateway_parts import MOTORS, Numbering, make_config, until
 from tests.system.rig import command_record, produce, see, wait_event, wait_outcome
 
+YEAR_NS = 365 * 24 * 3600 * SECOND
+
 
 class Gateway:
     """A gateway without motors: its log, and its publisher while it runs."""
@@ -44,6 +47,7 @@ class Gateway:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.when_up: Callable[[], None] = lambda: None
         self.lost: list[tuple[int, list[Lost]]] = []
+        self.began_ns = epoch_ns()
         self.shift_ns = 0
         self.owner = f"owner of {arm}"
         self._begin_stream()
@@ -80,8 +84,13 @@ class Gateway:
         """The next records of both motors, so many each."""
         self.newest += count
         records = self._numbering.records(sorted([0, 1] * count))
-        records["sampled_at_ns"] += self.shift_ns
+        records["sampled_at_ns"] += self.began_ns + self.shift_ns  # or the broker removes them as too old
         return records
+
+    def outcome(self, number: int) -> StoredEntry:
+        """The outcome of a command to the first motor."""
+        value = msgspec.json.encode(Outcome(f"c{number}", "joint1", State.DONE, 1, 1))
+        return StoredEntry(number, "outcomes", 0, number, self.began_ns + self.shift_ns, "joint1", value)
 
     def changed(self, state: str, detail: str) -> None:
         self.told.append((state, detail))
@@ -135,6 +144,14 @@ class Run:
         self._recent.append(batch, ())
         self._recent.saved(batch.id, 0)
         self.publisher.committed(())
+
+    def tell(self) -> None:
+        """Append an outcome to the log."""
+        entry = self._gateway.outcome(1)
+        self._journal.commit(Changes(entries=[entry]))
+        self._recent.append(None, [entry])
+        self._recent.saved(self._recent.row, entry.id)
+        self.publisher.committed([entry])
 
     async def up(self) -> None:
         """Return when it publishes."""
@@ -260,9 +277,7 @@ def write_unseen(gateway: Gateway, count: int) -> None:
     with closing(gateway.journal()) as journal:
         for _ in range(count):
             journal.commit(Changes(batch=Batch(journal.row + 1, gateway.records(1))))
-        number = journal.entry + 1
-        outcome = msgspec.json.encode(Outcome(f"c{number}", "joint1", State.DONE, 1, 1))
-        journal.commit(Changes(entries=[StoredEntry(number, "outcomes", 0, number, 1, "joint1", outcome)]))
+        journal.commit(Changes(entries=[gateway.outcome(journal.entry + 1)]))
 
 
 async def published(broker: Broker, gateway: Gateway, stream: int) -> dict[int, list[int]]:
@@ -414,15 +429,18 @@ async def test_a_disk_that_cannot_be_read_stops_nothing_that_is_in_memory(gatewa
     assert (await judged(broker, gateway)).records == 60
 
 
-@pytest.mark.parametrize(("limit", "shift_ns"), [("before", 0), ("after", 2**62)])
+@pytest.mark.parametrize(("limit", "shift_ns"), [("before", -YEAR_NS), ("after", YEAR_NS)])
 async def test_records_whose_time_the_broker_refuses_are_sent_without_it(
     gateway: Gateway, broker: Broker, limit: str, shift_ns: int
 ) -> None:
-    topic = gateway.config.topic("telemetry")
+    topic, outcomes = gateway.config.topic("telemetry"), gateway.config.topic("outcomes")
     settings = {f"message.timestamp.{limit}.max.ms": "3600000"}
-    await admin(broker, lambda client: client.create_topics([NewTopic(topic, 2, 1, topic_configs=settings)]))
+    topics = [NewTopic(name, 2, 1, topic_configs=settings) for name in (topic, outcomes)]
+    await admin(broker, lambda client: client.create_topics(topics))
     gateway.shift_ns = shift_ns
     async with gateway.running() as run:
+        run.tell()
+        await until(lambda: run.publisher.acknowledged(0, "outcomes") == 1)
         for _ in range(3):
             run.write(10)
             await run.acknowledged()
@@ -430,8 +448,9 @@ async def test_records_whose_time_the_broker_refuses_are_sent_without_it(
     assert found.ok
     assert found.records == 60
     assert {(kind, details["topic"]) for kind, details in gateway.events} == {
-        (EventType.KAFKA_TIMESTAMP_REFUSED, topic)
+        (EventType.KAFKA_TIMESTAMP_REFUSED, outcomes)
     }
+    assert [record.timestamp async for record in read(broker.bootstrap, outcomes)] == [-1]
     assert [record.timestamp async for record in read(broker.bootstrap, topic)] == [-1] * 60
 
 
