@@ -86,7 +86,7 @@ class Publisher:
         self._held_at_start = {("telemetry", p): head.seq for p, head in heads.items()} | reader.newest_entries()
         self._bookmarks = reader.published()  # read once: later the disk may not answer
         self._went_behind_tails = False
-        self.state = "down"
+        self.state = ""  # nothing is known yet: also the first failure is told
 
     # -- what the log tells --------------------------------------------------------------------------------------
 
