@@ -32,6 +32,7 @@ from gateway.cli_common import (
     FAILED,
     WRONG,
     ConfigFile,
+    FromOption,
     JsonOption,
     KafkaOption,
     load_config,
@@ -370,9 +371,7 @@ def tail(
     config: ConfigFile,
     topic: Annotated[str, typer.Option(help=f"One of {', '.join(log_reader.TOPICS)}.")] = "telemetry",
     motor: Annotated[str | None, typer.Option(help="Only this motor.")] = None,
-    start: Annotated[
-        str, typer.Option("--from", metavar="beginning|latest|SEQ|TIME", help="Where to begin; TIME is ISO 8601.")
-    ] = "latest",
+    start: FromOption = "latest",
     reader: Annotated[
         str | None, typer.Option(metavar="NAME", help="Go on where the reader of this name left off.")
     ] = None,

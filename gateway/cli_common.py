@@ -14,6 +14,7 @@ from gateway.config import Config
 from gateway.log_reader import Seq, Start, Time
 
 FAILED, WRONG = 1, 2
+A_TIME = "2026-11-21T15:04:05Z"
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration of the arm (TOML).")]
 KafkaOption = Annotated[
@@ -21,6 +22,11 @@ KafkaOption = Annotated[
     typer.Option("--kafka", metavar="HOST:PORT", help="Broker to use instead of the one configured; may be repeated."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+FromOption = Annotated[
+    str, typer.Option("--from", metavar="beginning|latest|SEQ|TIME", help="Where to begin; TIME is ISO 8601.")
+]
+ToOption = Annotated[str | None, typer.Option("--to", metavar="TIME", help="Only what came before; TIME is ISO 8601.")]
+MotorsOption = Annotated[list[str] | None, typer.Option("--motor", help="Only this motor; may be repeated.")]
 
 
 def load_config(path: Path, kafka: list[str] | None = None) -> Config:
@@ -37,13 +43,29 @@ def parse_start(word: str) -> Start:
         return "end"
     if word.isdecimal() and int(word) > 0:
         return Seq(int(word))
+    at_ns = _epoch_ns(word)
+    if at_ns is None:
+        raise typer.BadParameter(
+            f"--from {word}: must be beginning, latest, a sequence number from 1, or a time as {A_TIME}"
+        )
+    return Time(at_ns)
+
+
+def parse_end(word: str | None) -> int | None:
+    """Where ``--to`` says to end, in ns since 1970. Raises typer.BadParameter."""
+    at_ns = None if word is None else _epoch_ns(word)
+    if word is not None and at_ns is None:
+        raise typer.BadParameter(f"--to {word}: must be a time as {A_TIME}")
+    return at_ns
+
+
+def _epoch_ns(word: str) -> int | None:
+    """None if it is no time."""
     try:
         at = datetime.fromisoformat(word).astimezone()  # a time without a zone is this machine's
     except ValueError:
-        raise typer.BadParameter(
-            f"--from {word}: must be beginning, latest, a sequence number from 1, or a time as 2026-11-21T15:04:05Z"
-        ) from None
-    return Time((at - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1) * 1000)
+        return None
+    return (at - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1) * 1000
 
 
 def plain_console() -> Console:
