@@ -32,11 +32,14 @@ from gateway.cli_common import (
     FAILED,
     WRONG,
     ConfigFile,
+    FromKafkaOption,
     FromOption,
     JsonOption,
     KafkaOption,
+    brokers,
     load_config,
     parse_start,
+    parse_topics,
     plain_console,
     print_json,
     to_json,
@@ -44,11 +47,10 @@ from gateway.cli_common import (
 from gateway.config import Config, ConfigError
 from gateway.draft import draft
 from gateway.journal import JournalError
-from gateway.journal_reader import JournalLog
 from gateway.kafka import TopicMismatch
-from gateway.kafka_reader import KafkaLog
 from gateway.log_reader import LogError, LogReader, Missed, Record
 from gateway.simulator import build_host
+from gateway.source import arm_log
 from gateway.state_dir import StateDir, StateDirError
 
 DEMO = "simulated-arm.toml"
@@ -378,25 +380,18 @@ def tail(
     count: Annotated[int | None, typer.Option(min=1, help="Stop after so many records.")] = None,
     follow: Annotated[bool, typer.Option(help="Wait for more at the end of the log.")] = True,
     kafka: KafkaOption = None,
-    from_kafka: Annotated[
-        bool, typer.Option("--from-kafka", help="Read the topics in Kafka, not the journal.")
-    ] = False,
+    from_kafka: FromKafkaOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print records of the log as they come: telemetry, events, outcomes, or (in Kafka) commands."""
     loaded = load_config(config, kafka)
-    if topic not in log_reader.TOPICS:
-        raise typer.BadParameter(f"--topic {topic}: must be one of {', '.join(log_reader.TOPICS)}")
+    topics = parse_topics([topic])
     if motor is not None and motor not in {m.name for m in loaded.motors}:
         raise typer.BadParameter(f"--motor {motor}: there are {', '.join(m.name for m in loaded.motors)}")
     if (from_kafka or kafka) and loaded.kafka is None:
         raise typer.BadParameter(f"--from-kafka: {config} has no [kafka]; name a broker with --kafka HOST:PORT")
-    where = parse_start(start)
-    log: LogReader
-    if from_kafka or kafka:
-        log = KafkaLog(loaded, [topic], where, follow=follow, name=reader)
-    else:
-        log = JournalLog(StateDir(loaded.arm.state_dir), [topic], where, follow=follow, name=reader)
+    at = brokers(kafka, from_kafka=from_kafka)
+    log = arm_log(loaded, topics, parse_start(start), follow=follow, name=reader, kafka=at)
     asyncio.run(_print_records(log, motor, count, named=reader is not None, as_json=as_json))
 
 

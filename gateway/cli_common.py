@@ -11,7 +11,7 @@ from rich.console import Console
 
 from gateway import config as configuration
 from gateway.config import Config
-from gateway.log_reader import Seq, Start, Time
+from gateway.log_reader import TOPICS, Seq, Start, Time, Topic
 
 FAILED, WRONG = 1, 2
 A_TIME = "2026-11-21T15:04:05Z"
@@ -20,6 +20,18 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuratio
 KafkaOption = Annotated[
     list[str] | None,
     typer.Option("--kafka", metavar="HOST:PORT", help="Broker to use instead of the one configured; may be repeated."),
+]
+SourceArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SOURCE",
+        help="The arm's configuration (its journal, or its topics in Kafka), a journal.db, a recording (.mcap) or a "
+        "directory of recordings.",
+    ),
+]
+FromKafkaOption = Annotated[bool, typer.Option("--from-kafka", help="Read the topics in Kafka, not the journal.")]
+TopicsOption = Annotated[
+    list[str] | None, typer.Option("--topic", help=f"One of {', '.join(TOPICS)}; may be repeated.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 FromOption = Annotated[
@@ -33,6 +45,19 @@ def load_config(path: Path, kafka: list[str] | None = None) -> Config:
     """The configuration, with these brokers in place of its own. Raises ConfigError."""
     config = configuration.load(path)
     return configuration.with_kafka(config, kafka) if kafka else config
+
+
+def brokers(kafka: list[str] | None, *, from_kafka: bool) -> list[str] | None:
+    """The brokers for ``open_source``; none named: those configured; None: the journal."""
+    return kafka or [] if from_kafka or kafka else None
+
+
+def parse_topics(words: list[str]) -> list[Topic]:
+    """What ``--topic`` names. Raises typer.BadParameter."""
+    for word in words:
+        if word not in TOPICS:
+            raise typer.BadParameter(f"--topic {word}: must be one of {', '.join(TOPICS)}")
+    return [topic for topic in TOPICS if topic in words]
 
 
 def parse_start(word: str) -> Start:

@@ -59,6 +59,7 @@ class KafkaLog(LogReader):
         super().__init__(topics, start, follow=follow, name=name)
         assert config.kafka is not None  # noqa: S101  callers have a broker
         self._settings = config.kafka
+        self.arm = config.arm.name
         self._names = {config.topic(topic): topic for topic in topics}
         self._group = f"servo.{config.arm.name}.{name}" if name is not None else None
         self._floor: dict[TopicPartition, int] = {}  # a sequence number asked for that is still to come

@@ -128,6 +128,9 @@ class LogReader(ABC):
     when it was entered. Entering raises LogError.
     """
 
+    arm: str
+    """Whose log it is; known once the reader is entered."""
+
     def __init__(self, topics: Sequence[Topic], start: Start, *, follow: bool, name: str | None) -> None:
         if name is not None and (not _NAME.fullmatch(name) or name in _RESERVED):
             raise LogError(f"reader {name!r}: must be 1 to 64 letters, digits, '.', '_' or '-', and not 'gateway'")

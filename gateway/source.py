@@ -1,0 +1,71 @@
+"""Where a log is read from, by one word on the command line: an arm's configuration, a journal, or a recording.
+
+CONFIG.toml          the arm's log: its journal, or its topics in Kafka
+journal.db           that file alone; also one that was set aside
+X.mcap, DIRECTORY    a recording (``gateway.recording``), or all that lie in the directory
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gateway import config as configuration
+from gateway.config import Config
+from gateway.journal_reader import JournalLog
+from gateway.kafka_reader import KafkaLog
+from gateway.log_reader import LogError, LogReader, Start, Topic
+from gateway.state_dir import StateDir
+
+SQLITE = b"SQLite format 3\0"
+MCAP = b"\x89MCAP0\r\n"
+KINDS = "a configuration (.toml), a journal (journal.db), a recording (.mcap) or a directory of recordings"
+
+
+def open_source(
+    source: str | Path,
+    topics: Sequence[Topic],
+    start: Start,
+    *,
+    follow: bool = False,
+    name: str | None = None,
+    kafka: Sequence[str] | None = None,
+) -> LogReader:
+    """A reader of ``source``; its ``arm`` is known once it is entered.
+
+    ``kafka``: read a configuration's topics in Kafka, at these brokers, or with none named at its own. Raises LogError
+    that names the place, ConfigError.
+    """
+    path = Path(source)
+    if path.suffix == ".toml":
+        config = configuration.load(path)
+        return arm_log(config, topics, start, follow=follow, name=name, kafka=kafka)
+    if kafka is not None:
+        raise LogError(f"source {source}: Kafka needs the arm's configuration (.toml)")
+    first = b""
+    if not path.is_dir():
+        try:
+            with path.open("rb") as file:
+                first = file.read(len(SQLITE))
+        except OSError as error:
+            raise LogError(f"source {source}: {error.strerror}; must be {KINDS}") from error
+    if first == SQLITE:
+        return JournalLog(path, topics, start, follow=follow, name=name)
+    raise LogError(f"source {source}: is no log; must be {KINDS}")
+
+
+def arm_log(
+    config: Config,
+    topics: Sequence[Topic],
+    start: Start,
+    *,
+    follow: bool,
+    name: str | None = None,
+    kafka: Sequence[str] | None = None,
+) -> LogReader:
+    """The log of an arm: its journal, or with ``kafka`` its topics (see ``open_source``). Raises LogError."""
+    if kafka is None:
+        return JournalLog(StateDir(config.arm.state_dir), topics, start, follow=follow, name=name)
+    if kafka:
+        config = configuration.with_kafka(config, list(kafka))
+    if config.kafka is None:
+        raise LogError(f"arm {config.arm.name} has no [kafka]; name a broker with --kafka HOST:PORT")
+    return KafkaLog(config, topics, start, follow=follow, name=name)
