@@ -44,8 +44,10 @@ from gateway.cli_common import (
     print_json,
     to_json,
 )
+from gateway.cli_export import export
 from gateway.config import Config, ConfigError
 from gateway.draft import draft
+from gateway.extras import ExtraMissing
 from gateway.journal import JournalError
 from gateway.kafka import TopicMismatch
 from gateway.log_reader import LogError, LogReader, Missed, Record
@@ -83,7 +85,7 @@ def main() -> None:
         app()
     except (ConfigError, TopicMismatch, JournalError, LogError) as error:
         _fail(str(error), WRONG)
-    except (StateDirError, DriverError, client.CommandError, KafkaError, OSError, sqlite3.Error) as error:
+    except (StateDirError, DriverError, client.CommandError, KafkaError, ExtraMissing, OSError, sqlite3.Error) as error:
         _fail(str(error) or type(error).__name__, FAILED)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -442,6 +444,7 @@ def _short(value: object) -> str:
 
 
 app.command(context_settings={"ignore_unknown_options": True})(command)  # a negative VALUE is no option
+app.command()(export)
 
 
 if __name__ == "__main__":

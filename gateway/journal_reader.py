@@ -308,6 +308,7 @@ class JournalLog(LogReader):
         self._file, self._row, self._entry = file, min(rows), min(entries)
         self.arm = file.arm
         self._end = None if self._follow else ends
+        self._ends = {} if self._follow else {key: at for key, at in ends.offsets.items() if key[0] in self._topics}
 
     # -- reading -------------------------------------------------------------------------------------------------
 

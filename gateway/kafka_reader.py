@@ -82,6 +82,7 @@ class KafkaLog(LogReader):
             await kafka.assign(self._consumer, positions)
             if not self._follow:
                 self._end = ends
+                self._ends = {self._key(tp): end for tp, end in ends.items()}
             self._undo = undo.pop_all()
         return self
 

@@ -140,6 +140,7 @@ class LogReader(ABC):
         self._name = name
         self._parts: deque[Part] = deque()
         self._position: dict[Key, Position] = {}
+        self._ends: dict[Key, int] = {}  # the next offset of each partition, where reading does not follow
         self._due: set[Key] = (
             set()
         )  # what does not come at its position was missed; elsewhere it begins with what is there
@@ -168,6 +169,11 @@ class LogReader(ABC):
     def positions(self) -> dict[Key, Position]:
         """Behind what was handed out so far; kept beside a reader's own output, they are a ``start``."""
         return dict(self._position)
+
+    def left(self) -> int | None:
+        """About how many records are still to come; None where nobody can tell."""
+        at = {key: position.offset for key, position in self._position.items()}
+        return sum(max(0, end - at.get(key, 0)) for key, end in self._ends.items()) if self._ends else None
 
     def __aiter__(self) -> Self:
         return self
