@@ -9,6 +9,7 @@ from drivers.cycle import Timing
 from drivers.sim.build import SimulationSettings
 from gateway.config import CanBus, Config, SerialBus, Simulation
 from gateway.simulator import SimulatedBusPlan
+from gateway.state_dir import StateDir
 from gateway.worker import Plan
 
 VIRTUAL = "virtual"
@@ -35,7 +36,8 @@ def _worker_plan(config: Config, bus: CanBus | SerialBus, links: Path) -> Plan:
     motors = tuple(replace(motor.driven(), watchdog_ns=watchdog_ns) for motor in config.motors_on(bus.name))
     hosted = config.simulation is not None and _is_virtual(bus)
     simulated = _simulated_bus(config, bus, links, pty=False) if hosted else None
-    return Plan(_bus_spec(config, bus, links), motors, timing, config.arm.realtime, simulated)
+    tap = StateDir(config.arm.state_dir).taps / bus.name
+    return Plan(_bus_spec(config, bus, links), motors, timing, config.arm.realtime, simulated, tap)
 
 
 def _bus_spec(config: Config, bus: CanBus | SerialBus, links: Path) -> BusSpec:
