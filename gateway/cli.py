@@ -45,6 +45,7 @@ from gateway.cli_common import (
     to_json,
 )
 from gateway.cli_export import export
+from gateway.cli_plot import plot
 from gateway.config import Config, ConfigError
 from gateway.draft import draft
 from gateway.extras import ExtraMissing
@@ -96,16 +97,10 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def config_file(name: str) -> Path:
-    """A file of ``config/``: beside the package in a checkout, inside it when installed."""
-    here = Path(__file__).parent
-    return next(path for path in (here / "data" / name, here.parent / "config" / name) if path.exists())
-
-
 @app.command()
 def demo(kafka: KafkaOption = None, verbose: VerboseOption = False) -> None:
     """Run a simulated six-motor arm with a live view; nothing to set up."""
-    path = config_file(DEMO)
+    path = configuration.shipped(DEMO)
     config = load_config(path, kafka)
     _run(config, verbose=verbose)
     journal = StateDir(config.arm.state_dir).journal
@@ -445,6 +440,7 @@ def _short(value: object) -> str:
 
 app.command(context_settings={"ignore_unknown_options": True})(command)  # a negative VALUE is no option
 app.command()(export)
+app.command()(plot)
 
 
 if __name__ == "__main__":
