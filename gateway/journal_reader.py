@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.cursor import Cursor
-from gateway.journal import BUSY_S, is_broken, newest_entries, read_rows
+from gateway.journal import BUSY_S, is_broken, newest_entries, read_rows, replayed_from
 from gateway.log_reader import (
     Entries,
     Key,
@@ -76,6 +76,7 @@ class JournalFile:
                 undo.callback(self._db.close)
                 stream, self.arm = self._db.execute("SELECT stream, arm FROM stream").fetchone()
                 self.stream = int.from_bytes(stream, "little")
+                self.replayed = replayed_from(self._db)
                 self.read_motors()
             except sqlite3.Error as error:
                 raise LogError(f"journal {path}: {error}") from error
@@ -256,7 +257,7 @@ class JournalLog(LogReader):
 
     def _begin(self) -> None:
         given = self._given()
-        journals = [self._path] if self._alone else _journals(self._path)
+        journals = [self._path] if self._alone else journal_files(self._path)
         self._file, gone = _open_first(journals, {position.stream for position in given.values()})
         file = self._file
         self._position = {key: at for key, at in given.items() if at.stream not in gone}
@@ -405,7 +406,7 @@ class JournalLog(LogReader):
         """Where the log goes on if ``file`` was set aside: the next that can be read is the one."""
         if self._alone or _identity(self._path) in {file.identity, None}:
             return []
-        journals = _journals(self._path)
+        journals = journal_files(self._path)
         identities = [_identity(path) for path in journals]
         return journals[identities.index(file.identity) + 1 :] if file.identity in identities else [self._path]
 
@@ -440,7 +441,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _journals(path: Path) -> list[Path]:
+def journal_files(path: Path) -> list[Path]:
     """The journal and those set aside before it (``journal.aside-1``, ...), oldest first."""
     aside = [file for file in path.parent.glob(f"{path.stem}.aside-*") if _ASIDE.search(file.name)]
     return [*sorted(aside, key=lambda file: int(file.name.rpartition("-")[2])), path]

@@ -32,6 +32,11 @@ class Pace:
         self._paused: MonotonicNs | None = None
 
     @property
+    def paced(self) -> bool:
+        """Whether anything has to wait for its time."""
+        return self._speed is not None
+
+    @property
     def paused(self) -> bool:
         """Whether nothing is due until ``toggle`` is called again."""
         return self._paused is not None

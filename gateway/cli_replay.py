@@ -1,0 +1,137 @@
+"""``servo-gateway replay``: what a log holds, once more, into the log of another arm or as the motion of its motors."""
+
+import asyncio
+import contextlib
+import functools
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from drivers.clock import SECOND
+from gateway import config as configuration
+from gateway.cli_common import (
+    FromKafkaOption,
+    FromOption,
+    KafkaOption,
+    SourceArgument,
+    ToOption,
+    parse_end,
+    parse_start,
+)
+from gateway.log_reader import LogReader, Start, Topic
+from gateway.pace import Pace, controlled
+from gateway.replay import OpenTarget, Played, replay
+from gateway.replay_journal import into_journal
+from gateway.replay_kafka import into_kafka
+from gateway.source import open_source
+from gateway.state_dir import StateDir
+
+LOOK_S = 0.1
+SLOWEST = 0.1
+
+
+def replay_command(
+    source: SourceArgument,
+    into: Annotated[
+        str | None, typer.Option("--into", metavar="ARM", help="Into the log of this arm: its journal, or its topics.")
+    ] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="State directory of ARM; else where its gateway would have it.")
+    ] = None,
+    kafka: KafkaOption = None,
+    speed: Annotated[str, typer.Option(metavar="N|max", help="Times as fast as it was, from 0.1.")] = "1",
+    start: FromOption = "beginning",
+    end: ToOption = None,
+    from_kafka: FromKafkaOption = False,
+) -> None:
+    """Replay a log into the log of another arm, original times and numbers and all; what is there already stays.
+
+    Space, or SIGUSR1, pauses and goes on. With --kafka into the topics of ARM there; commands are never written.
+    """
+    if into is None:
+        raise typer.BadParameter("--into ARM is missing")
+    if kafka and state_dir:
+        raise typer.BadParameter("--state-dir and --kafka: one of the two is where the log of ARM lies")
+    try:
+        arm = configuration.Arm.model_validate({"name": into} | ({"state_dir": str(state_dir)} if state_dir else {}))
+    except ValidationError as error:
+        raise typer.BadParameter(f"--into {into}: {error.errors()[0]['msg']}") from None
+    brokers = (kafka or []) if from_kafka else None
+    reader = functools.partial(_reader, source, parse_start(start), brokers)
+    target = into_kafka(_settings(source, kafka), into) if kafka else into_journal(StateDir(arm.state_dir), into)
+    asyncio.run(_replay(reader, target, Pace(parse_speed(speed)), parse_end(end)))
+
+
+def _reader(source: Path, start: Start, kafka: list[str] | None, topic: Topic) -> LogReader:
+    return open_source(source, [topic], start, kafka=kafka)
+
+
+def _settings(source: Path, kafka: list[str]) -> configuration.Kafka:
+    """How to talk to the broker: as the source's configuration says, if it is one."""
+    if source.suffix != ".toml":
+        return configuration.kafka_at(kafka)
+    found = configuration.with_kafka(configuration.load(source), kafka).kafka
+    return found or configuration.kafka_at(kafka)
+
+
+def parse_speed(word: str) -> float | None:
+    """What ``--speed`` means to ``Pace``. Raises typer.BadParameter."""
+    if word == "max":
+        return None
+    with contextlib.suppress(ValueError):
+        if SLOWEST <= (speed := float(word)) < float("inf"):
+            return speed
+    raise typer.BadParameter(f"--speed {word}: must be a number from {SLOWEST}, or max")
+
+
+async def _replay(reader: functools.partial[LogReader], target: OpenTarget, pace: Pace, until_ns: int | None) -> None:
+    played = Played()
+    with controlled(pace.toggle):
+        async with _shown(played, pace):
+            await replay(reader, target, pace, played, until_ns=until_ns, failed=_tell_failed)
+    for missed in played.missed:
+        print(missed, file=sys.stderr)
+    print(_summary(played), file=sys.stderr)
+
+
+def _tell_failed(error: Exception) -> None:
+    print(f"kafka: {str(error) or type(error).__name__}; trying again", file=sys.stderr)
+
+
+def _summary(played: Played) -> str:
+    words = ", ".join(f"{count:,} of {topic}" for topic, count in played.records.items())
+    left_out = {"commands": played.commands, "records without a number": played.unnumbered}
+    words += "".join(f"; {count:,} {what} left out" for what, count in left_out.items() if count)
+    return f"replayed: {words}"
+
+
+@contextlib.asynccontextmanager
+async def _shown(played: Played, pace: Pace) -> AsyncIterator[None]:
+    """A bar on a terminal meanwhile."""
+    console = Console(stderr=True)
+    with Progress(
+        BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
+        console=console, disable=not console.is_terminal, transient=True,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=None)
+
+        async def draw() -> None:
+            while True:
+                at = f"{datetime.fromtimestamp(played.at_ns // SECOND, UTC):%F %T}" if played.at_ns else ""
+                words = "paused" if pace.paused else f"late {played.late_ns / 1e6:.1f} ms" if pace.paced else ""
+                progress.update(task, total=played.whole, completed=played.taken, description=f"{at} {words}")
+                await asyncio.sleep(LOOK_S)
+
+        drawing = asyncio.create_task(draw())
+        try:
+            yield
+        finally:
+            drawing.cancel()
+            await asyncio.gather(drawing, return_exceptions=True)
