@@ -46,6 +46,7 @@ from gateway.cli_common import (
 )
 from gateway.cli_export import export
 from gateway.cli_plot import plot
+from gateway.cli_replay import replay_command
 from gateway.config import Config, ConfigError
 from gateway.draft import draft
 from gateway.extras import ExtraMissing
@@ -441,6 +442,7 @@ def _short(value: object) -> str:
 app.command(context_settings={"ignore_unknown_options": True})(command)  # a negative VALUE is no option
 app.command()(export)
 app.command()(plot)
+app.command("replay")(replay_command)
 
 
 if __name__ == "__main__":
