@@ -13,10 +13,11 @@ from gateway.config import Config
 from gateway.journal_reader import JournalLog
 from gateway.kafka_reader import KafkaLog
 from gateway.log_reader import LogError, LogReader, Start, Topic
+from gateway.recording import MAGIC
+from gateway.recording_reader import RecordingLog
 from gateway.state_dir import StateDir
 
 SQLITE = b"SQLite format 3\0"
-MCAP = b"\x89MCAP0\r\n"
 KINDS = "a configuration (.toml), a journal (journal.db), a recording (.mcap) or a directory of recordings"
 
 
@@ -36,20 +37,23 @@ def open_source(
     """
     path = Path(source)
     if path.suffix == ".toml":
-        config = configuration.load(path)
-        return arm_log(config, topics, start, follow=follow, name=name, kafka=kafka)
+        return arm_log(configuration.load(path), topics, start, follow=follow, name=name, kafka=kafka)
     if kafka is not None:
         raise LogError(f"source {source}: Kafka needs the arm's configuration (.toml)")
-    first = b""
-    if not path.is_dir():
-        try:
-            with path.open("rb") as file:
-                first = file.read(len(SQLITE))
-        except OSError as error:
-            raise LogError(f"source {source}: {error.strerror}; must be {KINDS}") from error
-    if first == SQLITE:
+    try:
+        begins = b"" if path.is_dir() else _first_bytes(path)
+    except OSError as error:
+        raise LogError(f"source {source}: {error.strerror}; must be {KINDS}") from error
+    if begins.startswith(SQLITE):
         return JournalLog(path, topics, start, follow=follow, name=name)
+    if path.is_dir() or path.suffix == ".mcap" or begins.startswith(MAGIC):
+        return RecordingLog(path, topics, start, follow=follow, name=name)
     raise LogError(f"source {source}: is no log; must be {KINDS}")
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(SQLITE))
 
 
 def arm_log(
