@@ -39,6 +39,8 @@ def plot(
     from_kafka: FromKafkaOption = False,
 ) -> None:
     """Draw position, speed, temperature, lateness and events of a span; a picture needs the extra `plot`."""
+    if out:
+        plotting.check_picture(out)  # before a long read
     at = brokers(kafka, from_kafka=from_kafka)
     survey = asyncio.run(_survey(source, parse_start(start), parse_end(end), motor, at))
     if out:

@@ -13,4 +13,5 @@ def load(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise ExtraMissing(f"{error.name} is not installed: pip install 'servo-gateway[{extra}]'") from error
+        library = (error.name or module).partition(".")[0]
+        raise ExtraMissing(f"{library} is not installed: pip install 'servo-gateway[{extra}]'") from error

@@ -112,10 +112,16 @@ class Survey:
         return f"{self.arm}: {begin:%F %T} to {to} UTC, {samples:,} samples of {motors or 'no motor'}"
 
 
-def picture(survey: Survey, path: Path) -> None:
-    """Draw it; the suffix of ``path``, .png or .svg, is its format. Raises LogError, and ExtraMissing."""
+def check_picture(path: Path) -> None:
+    """Raises LogError if ``path`` cannot be a picture, ExtraMissing without matplotlib."""
     if path.suffix not in {".png", ".svg"}:
         raise LogError(f"{path}: must end in .png or .svg")
+    extras.load("matplotlib.figure", "plot")
+
+
+def picture(survey: Survey, path: Path) -> None:
+    """Draw it; the suffix of ``path``, .png or .svg, is its format. Raises as ``check_picture`` and ``span_ns``."""
+    check_picture(path)
     dates = extras.load("matplotlib.dates", "plot")
     figure = extras.load("matplotlib.figure", "plot").Figure(SIZE_IN, DPI, layout="constrained")
     figure.suptitle(survey.title(), x=0.01, ha="left", weight="bold")
@@ -182,7 +188,8 @@ def _mark(lanes: Any, panels: list[Any], survey: Survey) -> None:
     lanes.set_ylim(len(names) - 0.5, -0.5)
     lanes.set_ylabel("events")
     lanes.grid(axis="y", color=LANE)
-    lanes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+    handles = lanes.get_legend_handles_labels()
+    lanes.legend(*handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
 
 
 def sparklines(survey: Survey, width: int) -> Iterator[str]:
