@@ -27,6 +27,7 @@ from gateway import client, live, log_reader, plans
 from gateway import config as configuration
 from gateway import scan as scanning
 from gateway.app import Gateway, run_gateway
+from gateway.bus_file import BusFileError
 from gateway.cli_command import command
 from gateway.cli_common import (
     FAILED,
@@ -56,6 +57,7 @@ from gateway.log_reader import LogError, LogReader, Missed, Record
 from gateway.simulator import build_host
 from gateway.source import arm_log
 from gateway.state_dir import StateDir, StateDirError
+from gateway.tap import TapError
 
 DEMO = "simulated-arm.toml"
 
@@ -85,9 +87,11 @@ def main() -> None:
     live.quieten_libraries(logging.CRITICAL)  # what goes wrong is told by us, once
     try:
         app()
-    except (ConfigError, TopicMismatch, JournalError, LogError) as error:
+    except (ConfigError, TopicMismatch, JournalError, LogError, BusFileError) as error:
         _fail(str(error), WRONG)
-    except (StateDirError, DriverError, client.CommandError, KafkaError, ExtraMissing, OSError, sqlite3.Error) as error:
+    except (
+        StateDirError, DriverError, TapError, client.CommandError, KafkaError, ExtraMissing, OSError, sqlite3.Error,
+    ) as error:  # fmt: skip
         _fail(str(error) or type(error).__name__, FAILED)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -68,7 +68,7 @@ def parse_start(word: str) -> Start:
         return "end"
     if word.isdecimal() and int(word) > 0:
         return Seq(int(word))
-    at_ns = _epoch_ns(word)
+    at_ns = epoch_ns(word)
     if at_ns is None:
         raise typer.BadParameter(
             f"--from {word}: must be beginning, latest, a sequence number from 1, or a time as {A_TIME}"
@@ -78,14 +78,14 @@ def parse_start(word: str) -> Start:
 
 def parse_end(word: str | None) -> int | None:
     """Where ``--to`` says to end, in ns since 1970. Raises typer.BadParameter."""
-    at_ns = None if word is None else _epoch_ns(word)
+    at_ns = None if word is None else epoch_ns(word)
     if word is not None and at_ns is None:
         raise typer.BadParameter(f"--to {word}: must be a time as {A_TIME}")
     return at_ns
 
 
-def _epoch_ns(word: str) -> int | None:
-    """None if it is no time."""
+def epoch_ns(word: str) -> int | None:
+    """A time of the command line, in ns since 1970; None if it is none."""
     try:
         at = datetime.fromisoformat(word).astimezone()  # a time without a zone is this machine's
     except ValueError:

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from drivers.clock import SECOND
 from gateway import config as configuration
+from gateway.bus_file import READ, SERIAL
+from gateway.cli_bus import replay_bus
 from gateway.cli_common import (
     FromKafkaOption,
     FromOption,
@@ -32,6 +34,7 @@ from gateway.replay_journal import into_journal
 from gateway.replay_kafka import into_kafka
 from gateway.source import open_source
 from gateway.state_dir import StateDir
+from gateway.virtual_bus import CHOICES
 
 LOOK_S = 0.1
 SLOWEST = 0.1
@@ -50,11 +53,28 @@ def replay_command(
     start: FromOption = "beginning",
     end: ToOption = None,
     from_kafka: FromKafkaOption = False,
+    bus: Annotated[
+        bool, typer.Option("--bus", help=f"SOURCE is raw bus traffic ({', '.join(READ)}, {SERIAL}), for a virtual bus.")
+    ] = False,
+    link: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="With --bus: a link to the pseudo-terminal (serial, slcan).")
+    ] = None,
+    onto: Annotated[
+        str | None, typer.Option(metavar="INTERFACE:CHANNEL", help=f"With --bus, in place of that: {CHOICES}.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(metavar="sent|heard", help="With --bus: only what was that.")] = None,
+    channel: Annotated[str | None, typer.Option(help="With --bus: only this channel of the file.")] = None,
 ) -> None:
     """Replay a log into the log of another arm, original times and numbers and all; what is there already stays.
 
+    With --bus a file of raw traffic onto a virtual bus; --from and --to may then be seconds from its first frame on.
+
     Space, or SIGUSR1, pauses and goes on. With --kafka into the topics of ARM there; commands are never written.
     """
+    if bus:
+        pace = Pace(parse_speed(speed))
+        replay_bus(source, pace=pace, onto=onto, link=link, start=start, end=end, only=only, channel=channel)
+        return
     if into is None:
         raise typer.BadParameter("--into ARM is missing")
     if kafka and state_dir:

@@ -13,10 +13,15 @@ def set_realtime(priority: int) -> bool:
 
     For the main thread, and threads that are started later.
     """
-    with contextlib.suppress(OSError):
-        _TIMER_SLACK.write_text("1")
+    set_exact_timers()
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
     except OSError:
         return False
     return True
+
+
+def set_exact_timers() -> None:
+    """Ask for timers without slack; for the main thread, and threads that are started later."""
+    with contextlib.suppress(OSError):
+        _TIMER_SLACK.write_text("1")
