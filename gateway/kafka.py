@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 STOP_S = 0.5  # a client's stop() can hang while its broker is down; the gateway has five seconds for all of its own
 ANSWER_S = 10.0
+RETRY_S = 0.1
 SEQ_HEADER = "servo-seq"  # stream and seq of a record whose value has no place for them
 REPLAYED_HEADER = "servo-replayed"  # the arm of whose log a record is a replay
 
@@ -166,6 +167,20 @@ async def partitions_of(kafka: Kafka, topic: str) -> list[TopicPartition]:
             described = await client.describe_topics([topic])
             return [TopicPartition(topic, number) for number in range(len(described[0]["partitions"]))]
     raise TopicMismatch(f"there is no topic {topic} (has the gateway been connected to this broker?)")
+
+
+async def committed_metadata(client: AIOKafkaAdminClient, group: str, tp: TopicPartition) -> str:
+    """What was committed with an offset of this group; empty: nothing. Raises TimeoutError."""
+    async with asyncio.timeout(ANSWER_S):
+        while True:
+            try:
+                found = await client.list_consumer_group_offsets(group, partitions=[tp])
+                if tp in found:  # else the group's coordinator is on its way to another broker
+                    return found[tp].metadata or ""
+            except KafkaError as error:
+                if not error.retriable:
+                    raise
+            await asyncio.sleep(RETRY_S)
 
 
 async def last_records(

@@ -9,7 +9,7 @@ are never written: nothing that is replayed can move a motor.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,6 +20,7 @@ from aiokafka.errors import KafkaError, OutOfOrderSequenceNumber, ProducerFenced
 from numpy.typing import NDArray
 
 from drivers.clock import MS, SECOND
+from gateway.kafka import TopicMismatch
 from gateway.log_reader import TOPICS, Entries, Key, LogError, LogReader, Missed, Samples, Topic
 from gateway.pace import Pace
 from gateway.slices import piece, slices
@@ -59,6 +60,12 @@ class Target(ABC):
 
 OpenTarget = Callable[[str, Collection[Key]], AbstractAsyncContextManager[Target]]
 """Opens the target for the log of an arm with these partitions. Raises LogError for one that cannot take it."""
+
+
+def check_arm(arm: str, source: str) -> None:
+    """Raises LogError for a replay of an arm into its own log."""
+    if arm == source:
+        raise LogError(f"arm {arm!r}: is the one that was recorded; a replay needs another name")
 
 
 @dataclass(slots=True)
@@ -103,7 +110,7 @@ async def _replay(
     source: Callable[[Topic], LogReader], target: OpenTarget, pace: Pace, played: Played, until_ns: int | None
 ) -> None:
     async with AsyncExitStack() as stack:
-        logs = [await stack.enter_async_context(log) for log in _readers(source)]
+        logs = [log async for log in _entered(source, stack)]
         arm = logs[0].arm
         keys = [key for log in logs for key in log.positions()]
         behind = _Behind(await stack.enter_async_context(target(arm, keys)))
@@ -120,13 +127,13 @@ async def _replay(
         behind.check(keys)
 
 
-def _readers(source: Callable[[Topic], LogReader]) -> Iterator[LogReader]:
+async def _entered(source: Callable[[Topic], LogReader], stack: AsyncExitStack) -> AsyncIterator[LogReader]:
     """A reader for each topic, so that none runs far ahead of the others."""
     for topic in TOPICS:
         try:
-            yield source(topic)
-        except LogError:
-            if topic in WRITTEN:  # a journal has no commands
+            yield await stack.enter_async_context(source(topic))
+        except (LogError, TopicMismatch):
+            if topic in WRITTEN:  # commands are only counted, where there are any
                 raise
 
 

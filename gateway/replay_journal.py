@@ -16,7 +16,7 @@ from gateway.events import ARM
 from gateway.journal import Batch, Changes, Journal, Replayed, StoredEntry
 from gateway.journal_reader import JournalFile, journal_files
 from gateway.log_reader import Key, LogError, Samples
-from gateway.replay import OpenTarget, Run, Tail, Target
+from gateway.replay import OpenTarget, Run, Tail, Target, check_arm
 from gateway.state_dir import StateDir
 from gateway.telemetry import RECORD
 
@@ -29,6 +29,7 @@ def into_journal(state: StateDir, arm: str) -> OpenTarget:
 
     @contextlib.asynccontextmanager
     async def opened(source: str, keys: Collection[Key]) -> AsyncIterator[Target]:  # noqa: ARG001
+        check_arm(arm, source)
         with state.locked(), contextlib.closing(_JournalTarget(state.journal, arm, source)) as target:
             yield target
 

@@ -20,7 +20,7 @@ from gateway import kafka, telemetry
 from gateway.config import Kafka, topic_name
 from gateway.log_reader import Key, LogError, Samples
 from gateway.producer import ContinuedProducer, next_epoch
-from gateway.replay import WRITTEN, OpenTarget, Run, Tail, Target
+from gateway.replay import WRITTEN, OpenTarget, Run, Tail, Target, check_arm
 
 QUEUED = 32  # runs of a partition that wait while a batch is on its way
 
@@ -44,6 +44,7 @@ def into_kafka(settings: Kafka, arm: str) -> OpenTarget:
 
     @contextlib.asynccontextmanager
     async def opened(source: str, keys: Collection[Key]) -> AsyncIterator[Target]:
+        check_arm(arm, source)
         written = [key for key in keys if key[0] in WRITTEN]
         await kafka.ensure_partitions(settings, arm, WRITTEN, 1 + max((at for _, at in written), default=0))
         options = kafka.client_options(settings)
@@ -170,10 +171,10 @@ async def _known(settings: Kafka, group: str, arm: str) -> tuple[int, int] | Non
     """(producer id, epoch) of the replay before this one; None: there was none."""
     tp = TopicPartition(topic_name(arm, "telemetry"), 0)
     async with kafka.admin(settings) as admin:
-        found = await admin.list_consumer_group_offsets(group, partitions=[tp])
+        found = await kafka.committed_metadata(admin, group, tp)
     try:
-        identity = msgspec.json.decode(found[tp].metadata or "", type=_Identity)
-    except (KeyError, msgspec.DecodeError):
+        identity = msgspec.json.decode(found, type=_Identity)
+    except msgspec.DecodeError:
         return None
     return identity.pid, identity.epoch
 
