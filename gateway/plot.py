@@ -136,7 +136,7 @@ def picture(survey: Survey, path: Path) -> None:
         panel.set_ylabel(f"{name}\n{unit}")
         panel.grid(color=LANE)
     panels[LATENESS].set_yscale("symlog", linthresh=1)
-    panels[LATENESS].set_ylim(0)
+    panels[LATENESS].set_ylim(0, max(panels[LATENESS].get_ylim()[1], 10))
     panels[LATENESS].yaxis.set_major_formatter("{x:g}")
     legend = figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=10, frameon=False)
     for line in legend.get_lines():
