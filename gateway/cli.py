@@ -47,6 +47,7 @@ from gateway.cli_common import (
 )
 from gateway.cli_export import export
 from gateway.cli_plot import plot
+from gateway.cli_record import record_command
 from gateway.cli_replay import replay_command
 from gateway.config import Config, ConfigError
 from gateway.draft import draft
@@ -446,6 +447,7 @@ def _short(value: object) -> str:
 app.command(context_settings={"ignore_unknown_options": True})(command)  # a negative VALUE is no option
 app.command()(export)
 app.command()(plot)
+app.command("record")(record_command)
 app.command("replay")(replay_command)
 
 

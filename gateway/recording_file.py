@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 MOST_BYTES = 1 << 30  # of what is read at once, packed or not: more is damage
 PLAIN_BYTES = 4 << 20  # of messages without a chunk, read at once
 SEARCH_BYTES = 1 << 20
+MOST_TAIL = 64 << 20  # a recorder that was killed leaves less behind the last mark
 
 _CHUNK = struct.Struct("<QQQII")  # start and end time, size, CRC, length of the compression's name
 _INDEX = struct.Struct("<HI")  # channel, size of its entries
@@ -91,10 +92,11 @@ class RecordingFile:
         self.schemas: dict[int, Schema] = {}
         self.channels: dict[int, Channel] = {}
         self.groups: list[Group] = []
-        self.whole = 0
-        """Behind the last mark: what lies there was reported written."""
         self.finished = False
         self.damage: list[str] = []
+        """What cannot be read, in words."""
+        self.torn = False
+        """The file ends in the middle of a record."""
         self._fd = os.open(path, os.O_RDONLY)
         try:
             self._size = os.fstat(self._fd).st_size
@@ -112,6 +114,26 @@ class RecordingFile:
     def own(self) -> bool:
         """Whether it has marks; a tool that writes it anew puts its own name there."""
         return self.library.startswith(LIBRARY)
+
+    @property
+    def whole(self) -> int:
+        """Where the last mark ends."""
+        mark = self.groups[-1].mark if self.groups else None
+        return mark.offset + mark.length if mark else 0
+
+    def drop_half_written(self) -> None:
+        """Leave out groups at the end of which a power cut kept only the mark."""
+        while self.groups and self.groups[-1].chunk:
+            try:
+                self.messages(self.groups[-1])
+                return
+            except BROKEN as error:
+                self.torn = True
+                self.damage.append(f"{self.groups.pop()}: {error}")
+
+    def can_be_resumed(self) -> bool:
+        """Whether it was not finished, and only its end, of no more than a chunk or two, has to be cut off."""
+        return not self.finished and len(self.damage) <= self.torn and self._size - self.whole <= MOST_TAIL
 
     # -- what it holds -------------------------------------------------------------------------------------------
 
@@ -154,8 +176,9 @@ class RecordingFile:
             if opcode == 0 or end > self._size:
                 found = self._find_mark(at + 1)
                 if found is None:
+                    self.torn = True
                     self.damage.append(f"ends in the middle of a record at byte {at}")
-                    return
+                    break
                 self.damage.append(f"cannot be read from byte {at} to {found}")
                 at, chunk = found, None
                 continue
@@ -173,7 +196,6 @@ class RecordingFile:
                     case Opcode.METADATA if self.own:
                         if decode_mark(Metadata.read(self._content(at, end - at))):
                             self.groups.append(Group(chunk, counts, MetadataIndex(at, end - at, MARK)))
-                            self.whole = end
                         chunk, counts = None, {}
                     case Opcode.MESSAGE if not self.own:
                         self._add_plain(at, end)
@@ -236,7 +258,12 @@ class RecordingWriter:
         self._open(path, os.O_CREAT | os.O_EXCL, arm, positions)
         mark = encode_mark(make_mark(arm, positions, [], positions))
         header = encode_header()
-        self._put(header + mark)
+        try:
+            self._put(header + mark)
+        except OSError:
+            self.close()
+            path.unlink()
+            raise
         self._groups.append(Group(None, {}, MetadataIndex(len(header), len(mark), MARK)))
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -253,6 +280,8 @@ class RecordingWriter:
         writer._channels = Channels(mark.arm, file.channels.values())
         writer._written = set(file.channels)
         writer._groups = list(file.groups)
+        for group in file.groups:
+            writer._note_times(group.chunk)
         writer.size = file.whole
         os.ftruncate(writer._fd, writer.size)
         return writer
@@ -266,6 +295,7 @@ class RecordingWriter:
         self._channels = Channels(arm)
         self._written: set[int] = set()
         self._groups: list[Group] = []
+        self._times: tuple[int, int] | None = None  # of the first and the last message
         self._fd = os.open(path, os.O_WRONLY | flags, 0o644)
 
     @property
@@ -275,8 +305,12 @@ class RecordingWriter:
     @property
     def span_ns(self) -> int:
         """Event time between the first and the last message."""
-        start, end = self._times()
-        return end - start
+        return self._times[1] - self._times[0] if self._times else 0
+
+    def _note_times(self, chunk: ChunkIndex | None) -> None:
+        if chunk:
+            first, last = self._times or (chunk.message_start_time, chunk.message_end_time)
+            self._times = min(first, chunk.message_start_time), max(last, chunk.message_end_time)
 
     def append(self, packed: Packed, after: Positions) -> None:
         """Write a chunk and its mark; ``after``: the reader's positions behind it. Raises OSError: nothing changed."""
@@ -306,6 +340,7 @@ class RecordingWriter:
             uncompressed_size=made.uncompressed_size,
         )
         counts = {channel: len(index) for channel, index in packed.messages.items()}
+        self._note_times(entry if chunk else None)
         self._groups.append(Group(entry if chunk else None, counts, MetadataIndex(index_at, len(mark), MARK)))
         self._written.update(new)
         self.positions = dict(after)
@@ -330,18 +365,10 @@ class RecordingWriter:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Write what lets other tools find their way in it quickly, and close it. Raises OSError."""
-        try:
-            end = encode_records([DataEnd(0)])  # no CRC of the whole: it would have to be read again after a resumption
-            self._put(end + self._summary(self.size + len(end)))
-        finally:
-            self.close()
-
-    def _times(self) -> tuple[int, int]:
-        chunks = [group.chunk for group in self._groups if group.chunk and group.counts]
-        if not chunks:
-            return 0, 0
-        return min(chunk.message_start_time for chunk in chunks), max(chunk.message_end_time for chunk in chunks)
+        """Write what lets other tools find their way in it quickly, and close it. Raises OSError: it is still open."""
+        end = encode_records([DataEnd(0)])  # no CRC of the whole: it would have to be read again after a resumption
+        self._put(end + self._summary(self.size + len(end)))
+        self.close()
 
     def _summary(self, at: int) -> bytes:
         """Summary section, footer and magic, from byte ``at`` on."""
@@ -352,7 +379,7 @@ class RecordingWriter:
         marks = [group.mark for group in self._groups if group.mark]
         channels = list(self._channels.all.values())
         schemas = self._channels.schemas_of(channels)
-        start, end = self._times()
+        start, end = self._times or (0, 0)
         statistics = Statistics(
             attachment_count=0,
             channel_count=len(channels),

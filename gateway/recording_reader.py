@@ -41,19 +41,20 @@ log = logging.getLogger(__name__)
 
 GONE = "not in the recording"
 
-_NUMBERED = re.compile(r"(.*)-[0-9]{8}T[0-9]{6}Z-([0-9]+)")
+_NUMBERED = re.compile(r"-[0-9]{8}T[0-9]{6}Z-([0-9]+)$")
 
 T = TypeVar("T")
 
 
 def recordings(directory: Path) -> list[Path]:
     """The files of a directory, in the order in which they were recorded."""
+    return sorted(directory.glob("*.mcap"), key=lambda path: (path.stem.rsplit("-", 2)[0], number_of(path) or 0, path))
 
-    def order(path: Path) -> tuple[str, int]:
-        found = _NUMBERED.fullmatch(path.stem)
-        return (found[1], int(found[2])) if found else (path.stem, 0)
 
-    return sorted(directory.glob("*.mcap"), key=order)
+def number_of(path: Path) -> int | None:
+    """The how manieth file of a recording it is, by its name (``<arm>-<UTC time>-<n>.mcap``)."""
+    found = _NUMBERED.search(path.stem)
+    return int(found[1]) if found else None
 
 
 class RecordingLog(LogReader):
@@ -127,15 +128,17 @@ class RecordingLog(LogReader):
         if len(arms) > 1:
             raise LogError(f"recording {self._path}: of several arms ({', '.join(sorted(arms))}): name one file")
         (self.arm,) = arms
+        *_, last = [None, *_marks([self._ahead[-1] if self._ahead else self._file])]
+        ends = self._mine(last, behind=True)
+        self._ends = {key: at.offset for key, at in ends.items()}
         match self._start:
             case "beginning" | Time():
                 self._position = self._mine(next(_marks([self._file]), None))
             case "end":
-                *_, last = [None, *_marks([self._ahead[-1] if self._ahead else self._file])]
-                self._position = self._mine(last, behind=True)
-                self._at = len(self._file.groups)
+                self._position = ends
                 while self._ahead:
                     self._open_next()
+                self._at = len(self._file.groups)
             case _:
                 self._look_through(paths)
 

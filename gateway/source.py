@@ -12,25 +12,26 @@ from gateway import config as configuration
 from gateway.config import Config
 from gateway.journal_reader import JournalLog
 from gateway.kafka_reader import KafkaLog
-from gateway.log_reader import LogError, LogReader, Start, Topic
+from gateway.log_reader import TOPICS, LogError, LogReader, Start, Topic
 from gateway.recording import MAGIC
 from gateway.recording_reader import RecordingLog
 from gateway.state_dir import StateDir
 
+IN_JOURNAL: tuple[Topic, ...] = ("telemetry", "events", "outcomes")
 SQLITE = b"SQLite format 3\0"
 KINDS = "a configuration (.toml), a journal (journal.db), a recording (.mcap) or a directory of recordings"
 
 
 def open_source(
     source: str | Path,
-    topics: Sequence[Topic],
+    topics: Sequence[Topic] | None,
     start: Start,
     *,
     follow: bool = False,
     name: str | None = None,
     kafka: Sequence[str] | None = None,
 ) -> LogReader:
-    """A reader of ``source``; its ``arm`` is known once it is entered.
+    """A reader of ``source``, of all topics that it has if none are named.
 
     ``kafka``: read a configuration's topics in Kafka, at these brokers, or with none named at its own. Raises LogError
     that names the place, ConfigError.
@@ -45,9 +46,9 @@ def open_source(
     except OSError as error:
         raise LogError(f"source {source}: {error.strerror}; must be {KINDS}") from error
     if begins.startswith(SQLITE):
-        return JournalLog(path, topics, start, follow=follow, name=name)
+        return JournalLog(path, topics or IN_JOURNAL, start, follow=follow, name=name)
     if path.is_dir() or path.suffix == ".mcap" or begins.startswith(MAGIC):
-        return RecordingLog(path, topics, start, follow=follow, name=name)
+        return RecordingLog(path, topics or TOPICS, start, follow=follow, name=name)
     raise LogError(f"source {source}: is no log; must be {KINDS}")
 
 
@@ -58,7 +59,7 @@ def _first_bytes(path: Path) -> bytes:
 
 def arm_log(
     config: Config,
-    topics: Sequence[Topic],
+    topics: Sequence[Topic] | None,
     start: Start,
     *,
     follow: bool,
@@ -67,9 +68,9 @@ def arm_log(
 ) -> LogReader:
     """The log of an arm: its journal, or with ``kafka`` its topics (see ``open_source``). Raises LogError."""
     if kafka is None:
-        return JournalLog(StateDir(config.arm.state_dir), topics, start, follow=follow, name=name)
+        return JournalLog(StateDir(config.arm.state_dir), topics or IN_JOURNAL, start, follow=follow, name=name)
     if kafka:
         config = configuration.with_kafka(config, list(kafka))
     if config.kafka is None:
         raise LogError(f"arm {config.arm.name} has no [kafka]; name a broker with --kafka HOST:PORT")
-    return KafkaLog(config, topics, start, follow=follow, name=name)
+    return KafkaLog(config, topics or TOPICS, start, follow=follow, name=name)
