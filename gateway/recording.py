@@ -117,6 +117,9 @@ class Hole(msgspec.Struct, array_like=True, tag="missed"):
     reason: str
     next: Position
 
+    def missed(self) -> Missed:
+        return Missed(self.topic, self.partition, self.stream, self.from_offset, self.to_offset, self.reason, self.next)
+
 
 class Mark(msgspec.Struct):
     """What a chunk holds, in its order, and the positions of the log's reader before it."""

@@ -150,7 +150,8 @@ class RecordingFile:
         """The unpacked records of a chunk, or of messages without one. Raises one of BROKEN."""
         if group.plain:
             return os.pread(self._fd, group.plain[1] - group.plain[0], group.plain[0])
-        assert group.chunk  # noqa: S101
+        if group.chunk is None:
+            raise ValueError("there is no chunk before the mark")
         chunk = Chunk.read(self._content(group.chunk.chunk_start_offset, group.chunk.chunk_length))
         size = chunk.uncompressed_size
         if chunk.compression == "zstd":

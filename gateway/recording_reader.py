@@ -10,6 +10,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +35,7 @@ from gateway.log_reader import (
     Time,
     Topic,
 )
-from gateway.recording import MAGIC, Hole, Mark, Run, decode_run
+from gateway.recording import LIBRARY, MAGIC, Hole, Mark, Run, decode_run
 from gateway.recording_file import BROKEN, Group, RecordingFile
 
 log = logging.getLogger(__name__)
@@ -117,50 +118,49 @@ class RecordingLog(LogReader):
             paths = [path for path in recordings(self._path) if _is_mcap(path)] if self._path.is_dir() else [self._path]
             if not paths:
                 raise LogError(f"recording {self._path}: there is no MCAP file in this directory")
-            self._ahead.extend(paths)
-            if len(paths) > 1:  # it may grow: what it holds now is read
-                self._ahead[-1] = RecordingFile(paths[-1])
-            self._open_next()
+            newest = RecordingFile(paths[-1])  # it may grow: what it holds now is read
+            if len(paths) > 1 and not newest.groups:  # just begun
+                newest.close()
+                newest = RecordingFile(paths[-2])
+                paths.pop()
+            self._ahead.extend([*paths[:-1], newest])
+            oldest = self._open_next()
         except OSError as error:
             raise LogError(f"recording {self._path}: {error}") from error
-        assert self._file  # noqa: S101  there is one
-        arms = {_arm(file) for file in (self._file, *self._ahead) if isinstance(file, RecordingFile)}
-        if len(arms) > 1:
-            raise LogError(f"recording {self._path}: of several arms ({', '.join(sorted(arms))}): name one file")
-        (self.arm,) = arms
-        *_, last = [None, *_marks([self._ahead[-1] if self._ahead else self._file])]
-        ends = self._mine(last, behind=True)
+        self.arm = _arm(oldest)
+        if self.arm != _arm(newest):
+            raise LogError(f"recording {self._path}: of arms {self.arm} and {_arm(newest)}: name one file")
+        ends = self._mine(newest.mark(newest.groups[-1]).positions()) if newest.own else {}
         self._ends = {key: at.offset for key, at in ends.items()}
         match self._start:
             case "beginning" | Time():
-                self._position = self._mine(next(_marks([self._file]), None))
+                self._position = self._mine(oldest.mark(oldest.groups[0]).positions_before()) if oldest.own else {}
             case "end":
                 self._position = ends
-                while self._ahead:
-                    self._open_next()
-                self._at = len(self._file.groups)
+                oldest.groups.clear()
+                newest.groups.clear()
+                self._ahead = deque({newest} - {oldest})
             case _:
                 self._look_through(paths)
 
-    def _mine(self, mark: Mark | None, *, behind: bool = False) -> dict[Key, Position]:
-        """The positions of the topics that are read."""
-        found = {} if mark is None else mark.positions() if behind else mark.positions_before()
-        return {key: at for key, at in found.items() if key[0] in self._topics}
+    def _mine(self, positions: Positions) -> dict[Key, Position]:
+        """Those of the topics that are read."""
+        return {key: at for key, at in positions.items() if key[0] in self._topics}
 
-    def _look_through(self, paths: Iterable[Path]) -> None:
-        """Find the streams that a number or positions are about."""
+    def _look_through(self, paths: Sequence[Path]) -> None:
+        """Find the streams that a number or positions are about. Raises LogError for a foreign file."""
         streams: dict[Key, list[int]] = defaultdict(list)
         for mark in _marks(paths):
-            for key, at in self._mine(mark).items():
+            for key, at in self._mine(mark.positions_before()).items():
                 streams[key].append(at.stream)
             for part in mark.parts:
-                if isinstance(part, Run):
+                if isinstance(part, Run) and part.topic in self._topics:
                     self._newest[part.topic, part.partition] = part.stream
                     streams[part.topic, part.partition].append(part.position_stream)
         if isinstance(self._start, Seq):
             return
         assert not isinstance(self._start, str | Time)  # noqa: S101  positions
-        for key, at in self._start.items():
+        for key, at in self._mine(self._start).items():
             if at.stream in streams[key]:
                 self._position[key] = at
             elif streams[key]:
@@ -203,7 +203,7 @@ class RecordingLog(LogReader):
         ]
         return [*parts, *self._parts_of(file, group, mark)], mark
 
-    def _open_next(self) -> None:
+    def _open_next(self) -> RecordingFile:
         ahead = self._ahead.popleft()
         file = ahead if isinstance(ahead, RecordingFile) else RecordingFile(ahead)
         if self._file:
@@ -211,9 +211,10 @@ class RecordingLog(LogReader):
         self._file, self._at = file, 0
         for place in file.damage:
             log.warning("recording %s: %s", file.path, place)
+        return file
 
     def _parts_of(self, file: RecordingFile, group: Group, mark: Mark) -> Iterator[Part]:
-        """What a mark tells of, as far as it can be wanted."""
+        """What a mark tells of, as far as it can be wanted; all that its chunk holds is missed if that is broken."""
         data, why, at = b"", "", 0
         if any(isinstance(part, Run) and self._may_begin(part, group) for part in mark.parts):
             try:
@@ -222,15 +223,13 @@ class RecordingLog(LogReader):
                 why = f"{file.path}, {group}: {error}"
         for part in mark.parts:
             if isinstance(part, Hole):
-                yield Missed(
-                    part.topic, part.partition, part.stream, part.from_offset, part.to_offset, part.reason, part.next
-                )
-            elif why:
-                stream, end = part.next
-                yield Missed(part.topic, part.partition, stream, part.offset, end - 1, why, part.next)
+                yield part.missed()
             elif data:
                 found, at = decode_run(data, at, part)
                 yield found
+            elif why:
+                key, (stream, end) = (part.topic, part.partition), part.next
+                yield Missed(*key, stream, part.offset, end - 1, why, part.next)
 
     def _may_begin(self, run: Run, group: Group) -> bool:
         """Whether a run may hold anything that is wanted: if no run of a chunk does, it need not be unpacked."""
@@ -296,17 +295,15 @@ def _is_mcap(path: Path) -> bool:
     return False
 
 
-def _marks(files: Iterable[RecordingFile | Path]) -> Iterator[Mark]:
+def _marks(paths: Iterable[Path]) -> Iterator[Mark]:
     """All marks. Raises LogError for a foreign file, which has none."""
-    for given in files:
-        file = given if isinstance(given, RecordingFile) else RecordingFile(given)
-        try:
-            for group in file.groups:
-                if group.mark:
-                    yield file.mark(group)
-        finally:
-            if file is not given:
-                file.close()
+    for path in paths:
+        with closing(RecordingFile(path)) as file:
+            if not file.own:
+                raise LogError(
+                    f"recording {path}: was not written by {LIBRARY}: only a time tells where to begin in it"
+                )
+            yield from (file.mark(group) for group in file.groups if group.mark)
 
 
 def _last_before(at: Position, found: Position) -> int | None:
