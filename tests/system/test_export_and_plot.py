@@ -1,16 +1,13 @@
-"""``export`` and ``plot`` as a user runs them, on the journal of a gateway and on its topics in a real Kafka."""
+"""``export`` and ``plot`` as a user runs them, on a gateway's journal, its topics in a real Kafka and a recording."""
 
 import csv
 import subprocess
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from gateway.arrays import read_samples
 from hil.arm import COMMAND, Arm
 from tests.conftest import Kafka
-from tests.gateway_parts import wait_for
 from tests.log_parts import make_journal, make_records
 from tests.system.conftest import MakeArm
 
@@ -20,31 +17,39 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.fixture
-def arm(make_arm: MakeArm, kafka: Kafka) -> Arm:
-    """An arm that has run for a while, and all of whose records are in Kafka."""
-    arm = make_arm(kafka.bootstrap)
+def has_run(arm: Arm) -> Arm:
+    """After a while of logging, stopped."""
     arm.start()
-    wait_for(lambda: all(motor["seq"] > 100 for motor in arm.status()["motors"]))
-    wait_for(lambda: all(motor["lag"] == 0 for motor in arm.status()["motors"]))
+    arm.wait_status(lambda status: all(motor["seq"] > 100 for motor in status["motors"]), "some samples")
+    if arm.bootstrap:
+        arm.wait_caught_up()
     assert arm.stop()[0] == 0
     return arm
 
 
-def test_journal_and_topics_are_exported_alike(arm: Arm, tmp_path: Path) -> None:
+def test_journal_topics_and_recording_are_exported_alike(make_arm: MakeArm, kafka: Kafka, tmp_path: Path) -> None:
+    arm = has_run(make_arm(kafka.bootstrap))
+    recording = tmp_path / "recording"
+    assert run("record", arm.config, "--out", recording, "--no-follow").returncode == 0
     exported = {}
-    for name, options in {"journal": [], "kafka": ["--from-kafka"]}.items():
+    sources: dict[str, tuple[Path, list[str]]] = {
+        "journal": (arm.config, []),
+        "kafka": (arm.config, ["--from-kafka"]),
+        "recording": (recording, []),
+    }
+    for name, (source, options) in sources.items():
         out = tmp_path / f"{name}.csv"
-        done = run("export", arm.config, out, *options)
+        done = run("export", source, out, *options)
         assert (done.returncode, f"{out}: " in done.stderr) == (0, True), done
         with out.open(newline="") as file:
             exported[name] = sorted((row["motor"], int(row["seq"]), *row.values()) for row in csv.DictReader(file))
-    assert exported["journal"] == exported["kafka"]
+    assert exported["journal"] == exported["kafka"] == exported["recording"]
     counts = Counter(row[0] for row in exported["journal"])
     assert counts == {motor: len(samples) for motor, samples in read_samples(arm.config).items()}
 
 
-def test_plot_draws_a_picture_and_sparklines(arm: Arm, tmp_path: Path) -> None:
+def test_plot_draws_a_picture_and_sparklines(make_arm: MakeArm, tmp_path: Path) -> None:
+    arm = has_run(make_arm())
     picture = tmp_path / "plot.png"
     assert run("plot", arm.config, "--out", picture).returncode == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
