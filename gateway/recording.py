@@ -129,6 +129,8 @@ class Mark(msgspec.Struct):
     parts: list[Run | Hole] = []
     moved: dict[Topic, dict[int, Position]] = {}
     """Positions behind the chunk that its parts do not tell: a new journal began."""
+    back: int = 0
+    """How many bytes before the mark its chunk begins, should the way there be damaged; 0: it has none."""
 
     def positions_before(self) -> dict[Key, Position]:
         return _flat(self.before)
@@ -139,9 +141,9 @@ class Mark(msgspec.Struct):
         return self.positions_before() | read | _flat(self.moved)
 
 
-def make_mark(arm: str, before: Positions, parts: list[Run | Hole], after: Positions) -> Mark:
+def make_mark(arm: str, before: Positions, parts: list[Run | Hole], after: Positions, back: int) -> Mark:
     """The mark of a chunk that was read from ``before`` to ``after``."""
-    mark = Mark(arm, _nested(before), parts)
+    mark = Mark(arm, _nested(before), parts, back=back)
     told = mark.positions()
     mark.moved = _nested({key: at for key, at in after.items() if told.get(key) != at})
     return mark
@@ -153,10 +155,12 @@ def encode_mark(mark: Mark) -> bytes:
 
 
 def decode_mark(metadata: Metadata) -> Mark | None:
-    """None for a metadata record that is no mark, or not any more."""
-    text = metadata.metadata.get("json", "").encode()
-    if metadata.name != MARK or metadata.metadata.get("crc") != f"{zlib.crc32(text):08x}":
+    """None for a metadata record that is no mark. Raises ValueError for one that is damaged."""
+    if metadata.name != MARK:
         return None
+    text = metadata.metadata.get("json", "").encode()
+    if metadata.metadata.get("crc") != f"{zlib.crc32(text):08x}":
+        raise ValueError("this mark is damaged")
     return msgspec.json.decode(text, type=Mark)
 
 

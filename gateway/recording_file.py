@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -97,6 +98,8 @@ class RecordingFile:
         """What cannot be read, in words."""
         self.torn = False
         """The file ends in the middle of a record."""
+        self._chunk: ChunkIndex | None = None  # that no mark has come to yet
+        self._counts: dict[int, int] = {}
         self._fd = os.open(path, os.O_RDONLY)
         try:
             self._size = os.fstat(self._fd).st_size
@@ -128,12 +131,13 @@ class RecordingFile:
                 self.messages(self.groups[-1])
                 return
             except BROKEN as error:
+                log.warning("recording %s, %s: %s; it was not reported written", self.path, self.groups.pop(), error)
                 self.torn = True
-                self.damage.append(f"{self.groups.pop()}: {error}")
 
     def can_be_resumed(self) -> bool:
         """Whether it was not finished, and only its end, of no more than a chunk or two, has to be cut off."""
-        return not self.finished and len(self.damage) <= self.torn and self._size - self.whole <= MOST_TAIL
+        damaged = len(self.damage) > self.torn
+        return not self.finished and not damaged and self._size - self.whole <= MOST_TAIL
 
     # -- what it holds -------------------------------------------------------------------------------------------
 
@@ -162,53 +166,76 @@ class RecordingFile:
         return stream.read(length)
 
     def _content(self, at: int, length: int) -> ReadDataStream:
+        if length > MOST_BYTES:
+            raise ValueError(f"has {length} bytes")
         return ReadDataStream(BytesIO(os.pread(self._fd, length - RECORD_HEAD.size, at + RECORD_HEAD.size)))
 
     # -- looking through it --------------------------------------------------------------------------------------
 
     def _scan(self) -> None:
         at = len(MAGIC)
-        chunk: ChunkIndex | None = None
-        counts: dict[int, int] = {}
         while at < self._size and not self.finished:
             head = os.pread(self._fd, _HEAD_BYTES + _MOST_NAME, at)
-            opcode, length = RECORD_HEAD.unpack_from(head) if len(head) >= RECORD_HEAD.size else (0, 0)
+            opcode, length = RECORD_HEAD.unpack(head[: RECORD_HEAD.size].ljust(RECORD_HEAD.size, b"\0"))
             end = at + RECORD_HEAD.size + length
-            if opcode == 0 or end > self._size:
-                found = self._find_mark(at + 1)
-                if found is None:
-                    self.torn = True
-                    self.damage.append(f"ends in the middle of a record at byte {at}")
-                    break
-                self.damage.append(f"cannot be read from byte {at} to {found}")
-                at, chunk = found, None
-                continue
             try:
-                match opcode:
-                    case Opcode.CHUNK:
-                        if chunk and not self.own:
-                            self.groups.append(Group(chunk, counts))
-                        chunk, counts = _chunk_index(head, at, end - at), {}
-                    case Opcode.MESSAGE_INDEX if chunk:
-                        channel, size = _INDEX.unpack_from(head, RECORD_HEAD.size)
-                        chunk.message_index_offsets[channel] = at
-                        chunk.message_index_length += end - at
-                        counts[channel] = size // _ENTRY_BYTES
-                    case Opcode.METADATA if self.own:
-                        if decode_mark(Metadata.read(self._content(at, end - at))):
-                            self.groups.append(Group(chunk, counts, MetadataIndex(at, end - at, MARK)))
-                        chunk, counts = None, {}
-                    case Opcode.MESSAGE if not self.own:
-                        self._add_plain(at, end)
-                    case Opcode.FOOTER:
-                        self.finished = os.pread(self._fd, len(MAGIC), end) == MAGIC
-                    case Opcode.HEADER | Opcode.SCHEMA | Opcode.CHANNEL:
-                        self.note(opcode, self._content(at, end - at))
+                if opcode == 0 or end > self._size:
+                    raise ValueError("the file ends in the middle of it")
+                self._take(opcode, at, end, head)
             except BROKEN as error:
-                self.damage.append(f"record at byte {at}: {error}")
+                if self.own:
+                    end = self._find_mark(at + 1)
+                elif opcode == 0:
+                    end = self._size + 1
+                self.torn = end > self._size
+                to = f"; goes on at byte {end}" if not self.torn else ""
+                self.damage.append(f"record at byte {at}: {error}{to}")
+                self._chunk = None
             at = end
-        if chunk and not self.own:
-            self.groups.append(Group(chunk, counts))
+        if self._chunk and not self.own:
+            self.groups.append(Group(self._chunk, self._counts))
+
+    def _take(self, opcode: int, at: int, end: int, head: bytes) -> None:
+        """Keep what a record says. Raises one of BROKEN."""
+        match opcode:
+            case Opcode.CHUNK:
+                if self._chunk and not self.own:
+                    self.groups.append(Group(self._chunk, self._counts))
+                self._chunk, self._counts = _chunk_index(head, at, end - at), {}
+            case Opcode.MESSAGE_INDEX:
+                channel, size = _INDEX.unpack_from(head, RECORD_HEAD.size)
+                if size != end - at - RECORD_HEAD.size - _INDEX.size:
+                    raise ValueError("its length is not that of its entries")
+                if self._chunk:
+                    self._chunk.message_index_offsets[channel] = at
+                    self._chunk.message_index_length += end - at
+                    self._counts[channel] = size // _ENTRY_BYTES
+            case Opcode.METADATA if self.own:
+                metadata = Metadata.read(self._content(at, end - at))
+                if mark := decode_mark(metadata):
+                    if self._chunk is None or at - self._chunk.chunk_start_offset != mark.back:
+                        self._chunk, self._counts = self._chunk_before(at, mark), {}
+                    self.groups.append(Group(self._chunk, self._counts, MetadataIndex(at, end - at, MARK)))
+                    self._chunk = None
+            case Opcode.MESSAGE if not self.own:
+                self._add_plain(at, end)
+            case Opcode.FOOTER:
+                self.finished = os.pread(self._fd, len(MAGIC), end) == MAGIC
+            case Opcode.HEADER | Opcode.SCHEMA | Opcode.CHANNEL:
+                self.note(opcode, self._content(at, end - at))
+            case _ if self.own:
+                Opcode(opcode)
+
+    def _chunk_before(self, at: int, mark: Mark) -> ChunkIndex | None:
+        """The chunk of a mark, where the way to it is damaged; None if itself is, or there is none."""
+        begin = at - mark.back
+        with suppress(*BROKEN):
+            head = os.pread(self._fd, _HEAD_BYTES + _MOST_NAME, begin)
+            opcode, length = RECORD_HEAD.unpack_from(head)
+            end = begin + RECORD_HEAD.size + length
+            if opcode == Opcode.CHUNK and end <= at:
+                return _chunk_index(head, begin, end - begin)
+        return None
 
     def note(self, opcode: int, content: ReadDataStream) -> None:
         """Keep what a Header, Schema or Channel record says."""
@@ -229,17 +256,17 @@ class RecordingFile:
         else:
             self.groups.append(Group(None, {}, plain=(at, end)))
 
-    def _find_mark(self, at: int) -> int | None:
-        """Where the next mark behind byte ``at`` begins, in a file of ours."""
-        limit = min(self._size, at + MOST_BYTES) if self.own else at
+    def _find_mark(self, at: int) -> int:
+        """Where the next mark behind byte ``at`` begins; if none does, behind the end."""
         ahead = RECORD_HEAD.size
+        limit = min(self._size, at + MOST_BYTES)
         while at < limit:
             block = os.pread(self._fd, SEARCH_BYTES + ahead + len(MARK_BYTES), at)
             found = block.find(MARK_BYTES, ahead)
             if found >= 0 and block[found - ahead] == Opcode.METADATA:
                 return at + found - ahead
             at += SEARCH_BYTES if found < 0 else found - ahead + 1
-        return None
+        return self._size + 1
 
 
 def _chunk_index(head: bytes, at: int, length: int) -> ChunkIndex:
@@ -257,7 +284,7 @@ class RecordingWriter:
     def __init__(self, path: Path, arm: str, positions: Positions) -> None:
         """A new file that begins at ``positions``. Raises OSError, FileExistsError among them."""
         self._open(path, os.O_CREAT | os.O_EXCL, arm, positions)
-        mark = encode_mark(make_mark(arm, positions, [], positions))
+        mark = encode_mark(make_mark(arm, positions, [], positions, 0))
         header = encode_header()
         try:
             self._put(header + mark)
@@ -326,7 +353,7 @@ class RecordingWriter:
             offsets[channel] = index_at
             records.append(encode_index(channel, index))
             index_at += len(records[-1])
-        mark = encode_mark(make_mark(self.arm, self.positions, packed.parts, after))
+        mark = encode_mark(make_mark(self.arm, self.positions, packed.parts, after, index_at - at if chunk else 0))
         self._put(b"".join([*records, mark]))
         made = packed.chunk
         entry = ChunkIndex(
