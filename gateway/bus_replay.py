@@ -6,6 +6,7 @@ does not listen; as fast as can be, it is waited for. Blocking: meant for a thre
 
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 
 from drivers.clock import MS, SECOND, after, monotonic_ns
 from drivers.traffic import Mark, Traffic
@@ -59,10 +60,12 @@ class Player:
 
     def run(self) -> None:
         """Wait until somebody is there, then play. Raises OSError or BusFileError."""
+        units = self._chosen()
+        first = list(islice(units, 1))  # a file without any is told before anybody is there
         while not self._bus.is_ready() and not self._stopping.is_set():
             self._bus.serve(after(monotonic_ns(), _LOOK_NS))
         moved_ns = 0
-        for unit in self._chosen():
+        for unit in chain(first, units):
             if self.at_ns and unit.at_ns < self.at_ns - SECOND:  # files put together: the next begins here
                 moved_ns += self.at_ns - unit.at_ns
             self.at_ns = unit.at_ns
@@ -82,12 +85,17 @@ class Player:
                 continue
             if self._way is not None and unit.marks & Mark.SENT != self._way:
                 continue
-            why = fault(unit) or ("" if self._bus.carries(unit) else "this bus has classic data frames only")
-            if why:
+            if why := self._objection(unit):
                 self.left_out += 1
                 self.first_left_out = self.first_left_out or f"{unit.can_id:X}: {why}"
             else:
                 yield unit
+
+    def _objection(self, unit: Traffic) -> str:
+        """Why the unit cannot be on the bus, if so."""
+        if self._file.medium == "serial":
+            return ""
+        return fault(unit) or ("" if self._bus.carries(unit) else "this bus has classic data frames only")
 
     def _wait(self, at_ns: int) -> bool:
         """Serve the bus until it is time; False if there is to be an end."""

@@ -102,7 +102,8 @@ def replay_bus(
         try:
             asyncio.run(_play(player, pace, file, bus))
         finally:
-            _print_summary(player, file)
+            if player.played or not file.broken:  # else the error says it all
+                _print_summary(player, file)
 
 
 def _moment(option: str, word: str) -> Moment:
