@@ -4,6 +4,7 @@ A span of any length is read with flat memory. Of what falls on one point of the
 value are drawn, so that a single late sample in a million is seen. A line ends where samples are missing.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,8 +25,9 @@ LATENESS = 3  # among them; until it is drawn, the gap between samples in ns
 LATE = 3.0  # nominal gaps between samples: beyond it, they are not joined
 MARKS = 1024  # events of a kind and motor that are told apart
 
-SIZE_IN, DPI = (15, 11), 120
-HEIGHTS = (3, 2.2, 1.3, 1.8, 1.6)
+WIDTH_IN, DPI = 15, 120
+HEIGHTS_IN = (3.4, 2.5, 1.5, 2)  # of each of QUANTITIES
+LANE_IN = 0.24  # of a motor's events
 LANE = "0.93"
 BAD, WORTH_A_LOOK, GOOD, OTHER = "#c0222b", "#e08a00", "#2a8c4a", "#6b7785"
 COLOURS = {  # of events
@@ -38,6 +40,7 @@ COLOURS = {  # of events
 }  # fmt: skip
 TIMES = ["%Y", "%b %Y", "%d %b", "%H:%M", "%H:%M", "%H:%M:%S.%f"]  # ticks that are years, ..., seconds apart
 SYMBOLS = "ovs^DPX*<>pd"
+WORDS, NARROWEST = 34, 10  # columns of what stands before a sparkline, and of the shortest one
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -57,8 +60,10 @@ class Trace:
         gaps = np.diff(at_ns, prepend=at_ns[:1] if self.last_ns is None else self.last_ns).astype(float)
         if self.last_ns is None:
             gaps[0] = np.nan
-        values = (records["position_rad"], records["velocity_rad_s"], records["temperature_c"], gaps)
-        self.seen.add(at_ns, np.column_stack(values))
+        told = (records["position_rad"], records["velocity_rad_s"], records["temperature_c"], gaps)
+        values = np.column_stack(told)
+        values[~np.isfinite(values)] = np.nan  # infinity cannot be drawn
+        self.seen.add(at_ns, values)
         if len(gaps) > 1:
             self.gaps_ns.append(float(np.median(gaps[1:])))
         self.samples += len(records)
@@ -95,6 +100,11 @@ class Survey:
             times = self.events.setdefault((kind, entry.key), Envelope(0, MARKS))
             times.add(np.array([entry.at_ns]), np.empty((1, 0)))
 
+    def motors(self) -> list[str]:
+        """All that have samples or events: joint2 before joint10."""
+        names = self.traces.keys() | {motor for _, motor in self.events} - {ARM}
+        return sorted(names, key=lambda name: [word.zfill(9) for word in re.split(r"(\d+)", name)])
+
     def span_ns(self) -> tuple[int, int]:
         """The times of the first and last of all. Raises LogError if there is nothing."""
         seen = [trace.seen.at_ns for trace in self.traces.values()] + [times.at_ns for times in self.events.values()]
@@ -108,7 +118,7 @@ class Survey:
         begin, end = (datetime.fromtimestamp(at / SECOND, UTC) for at in self.span_ns())
         to = f"{end:%T}" if end.date() == begin.date() else f"{end:%F %T}"
         samples = sum(trace.samples for trace in self.traces.values())
-        motors = ", ".join(sorted(self.traces)) if len(self.traces) < 3 else f"{len(self.traces)} motors"
+        motors = ", ".join(self.traces) if len(self.traces) < 3 else f"{len(self.traces)} motors"
         return f"{self.arm}: {begin:%F %T} to {to} UTC, {samples:,} samples of {motors or 'no motor'}"
 
 
@@ -123,12 +133,14 @@ def picture(survey: Survey, path: Path) -> None:
     """Draw it; the suffix of ``path``, .png or .svg, is its format. Raises as ``check_picture`` and ``span_ns``."""
     check_picture(path)
     dates = extras.load("matplotlib.dates", "plot")
-    figure = extras.load("matplotlib.figure", "plot").Figure(SIZE_IN, DPI, layout="constrained")
+    heights_in = [*HEIGHTS_IN, LANE_IN * (1 + len(survey.motors()))]
+    size_in = WIDTH_IN, 1 + sum(heights_in)
+    figure = extras.load("matplotlib.figure", "plot").Figure(size_in, DPI, layout="constrained")
     figure.suptitle(survey.title(), x=0.01, ha="left", weight="bold")
     *panels, lanes = figure.subplots(
-        len(HEIGHTS), sharex=True, gridspec_kw={"height_ratios": HEIGHTS}, subplot_kw={"axisbelow": True}
+        len(heights_in), sharex=True, gridspec_kw={"height_ratios": heights_in}, subplot_kw={"axisbelow": True}
     )
-    for number, motor in enumerate(sorted(survey.traces)):
+    for number, motor in enumerate(motor for motor in survey.motors() if motor in survey.traces):
         style = {"color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10 % 3], "label": motor}
         _draw_course(panels[:LATENESS], survey.traces[motor], **style)
         _draw_lateness(panels[LATENESS], survey.traces[motor], style["color"])
@@ -138,10 +150,10 @@ def picture(survey: Survey, path: Path) -> None:
     panels[LATENESS].set_yscale("symlog", linthresh=1)
     panels[LATENESS].set_ylim(0, max(panels[LATENESS].get_ylim()[1], 10))
     panels[LATENESS].yaxis.set_major_formatter("{x:g}")
-    legend = figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=10, frameon=False)
-    for line in legend.get_lines():
+    for line in _explain(panels[0]).get_lines():
         line.set_linewidth(3)
     _mark(lanes, panels, survey)
+    _explain(lanes)
     lanes.margins(x=0.01)
     lanes.set_xlabel("UTC")
     ticks = dates.AutoDateLocator()
@@ -174,7 +186,7 @@ def _draw_lateness(panel: Any, trace: Trace, colour: str) -> None:
 
 def _mark(lanes: Any, panels: list[Any], survey: Survey) -> None:
     """Events: a lane for each motor and a mark for each; what is no good news, as a line through all panels too."""
-    names = [*sorted({motor for _, motor in survey.events if motor != ARM} | survey.traces.keys()), ARM]
+    names = [*survey.motors(), ARM]
     for number, kind in enumerate(sorted({kind for kind, _ in survey.events})):
         colour = next((colour for colour, kinds in COLOURS.items() if kind in kinds), OTHER)
         at = {motor: times.at_ns.astype("M8[ns]") for (one, motor), times in survey.events.items() if one == kind}
@@ -188,28 +200,41 @@ def _mark(lanes: Any, panels: list[Any], survey: Survey) -> None:
     lanes.set_ylim(len(names) - 0.5, -0.5)
     lanes.set_ylabel("events")
     lanes.grid(axis="y", color=LANE)
-    handles = lanes.get_legend_handles_labels()
-    lanes.legend(*handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
+
+
+def _explain(panel: Any) -> Any:
+    """What is drawn there, beside it."""
+    handles = panel.get_legend_handles_labels()
+    return panel.legend(*handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")
 
 
 def sparklines(survey: Survey, width: int) -> Iterator[str]:
-    """The same as lines of text, ``width`` columns each."""
+    """The same as lines of text, ``width`` columns each, but no narrower than they can be."""
     begin, end = survey.span_ns()
-    head = f"{'':<10} {'':<12}{'':>22} "
-    columns = min(width - len(head), max((len(trace.seen.at_ns) for trace in survey.traces.values()), default=1))
+    names = max(map(len, (*survey.motors(), "arm"))) + 2
+    bins = max((len(trace.seen.at_ns) for trace in survey.traces.values()), default=1)
+    columns = max(NARROWEST, min(width - names - WORDS - 1, bins))
     yield survey.title()
-    for motor, trace in sorted(survey.traces.items()):
-        lows, highs = map(trace.as_drawn, trace.seen.columns(begin, end, columns))
-        for number, (name, unit) in enumerate(QUANTITIES):
-            low, high = lows[:, number], highs[:, number]
-            if np.isnan(low).all():
-                continue
-            bounds = f"{np.nanmin(low):.2f} to {np.nanmax(high):.2f} {unit}"
-            yield f"{motor if not number else '':<10} {name:<12}{bounds:>22} {sparkline(low, high)}"
-    for (kind, motor), times in sorted(survey.events.items(), key=lambda event: event[0][::-1]):
-        marks = np.full(columns, " ")
-        marks[column_of(times.at_ns, begin, end, columns)] = "|"
-        yield f"{'arm' if motor == ARM else motor:<10} {kind:<34} {''.join(marks)}"
+    for motor in (*survey.motors(), ARM):
+        lines = _courses(survey.traces[motor], begin, end, columns) if motor in survey.traces else []
+        for (kind, of), times in sorted(survey.events.items()):
+            if of == motor:
+                marks = np.full(columns, " ")
+                marks[column_of(times.at_ns, begin, end, columns)] = "|"
+                lines.append((kind, "".join(marks)))
+        for number, (words, line) in enumerate(lines):
+            name = "" if number else "arm" if motor == ARM else motor
+            yield f"{name:<{names}}{words:<{WORDS}} {line}"
+
+
+def _courses(trace: Trace, begin_ns: int, end_ns: int, columns: int) -> list[tuple[str, str]]:
+    """What is told of each quantity, and its sparkline; nothing of one that the motor does not tell."""
+    lows, highs = map(trace.as_drawn, trace.seen.columns(begin_ns, end_ns, columns))
+    return [
+        (f"{name:<12}{f'{np.nanmin(low):.2f} to {np.nanmax(high):.2f} {unit}':>{WORDS - 12}}", sparkline(low, high))
+        for (name, unit), low, high in zip(QUANTITIES, lows.T, highs.T, strict=True)
+        if not np.isnan(low).all()
+    ]
 
 
 def sparkline(low: Floats, high: Floats) -> str:

@@ -55,7 +55,7 @@ def test_plot_draws_a_picture_and_sparklines(make_arm: MakeArm, tmp_path: Path) 
     assert picture.read_bytes().startswith(b"\x89PNG")
     told = run("plot", arm.config, "--motor", "joint2").stdout
     assert told.startswith(f"{arm.name}: ")
-    assert "joint2     position" in told
+    assert "joint2  position" in told
     assert "motor.online" in told
     assert "joint1" not in told
 

@@ -10,7 +10,7 @@ import pytest
 from gateway import telemetry
 from gateway.extras import ExtraMissing
 from gateway.log_reader import Entries, LogEntry, LogError, Position, Samples
-from gateway.plot import BLOCKS, QUANTITIES, Survey, picture, sparkline, sparklines
+from gateway.plot import BLOCKS, QUANTITIES, WORDS, Survey, picture, sparkline, sparklines
 from gateway.telemetry import Records
 from tests.log_parts import BEGIN_NS, PERIOD_NS
 
@@ -78,12 +78,14 @@ def test_png_is_a_picture_that_is_not_blank(survey: Survey, tmp_path: Path) -> N
     assert len(np.unique((255 * pixels).astype(np.uint8).view(np.uint32))) > 10  # colours
 
 
-def test_motors_that_tell_no_temperature_and_a_single_sample_are_drawn_without_a_warning(tmp_path: Path) -> None:
-    part = make_samples(count=1)
+@pytest.mark.parametrize("count", [1, 2, COUNT])
+def test_what_a_motor_does_not_tell_is_left_out_without_a_warning(tmp_path: Path, count: int) -> None:
+    part = make_samples(count=count)
     part.records["temperature_c"] = np.nan
+    part.records["velocity_rad_s"][:1] = np.inf
     picture(survey_of(part), tmp_path / "plot.png")
-    lines = [*sparklines(survey_of(part), 100)]
-    assert not any("temperature" in line for line in lines)
+    told = {line[8:].split()[0] for line in [*sparklines(survey_of(part), 100)][1:]}
+    assert told == ({"position"} if count == 1 else {"position", "speed", "lateness"})
 
 
 def test_events_alone_are_drawn(tmp_path: Path) -> None:
@@ -128,10 +130,20 @@ def test_sparklines_are_as_wide_as_asked_for_and_say_bounds_with_units(survey: S
     title, *lines = sparklines(survey, 100)
     assert title.startswith("arm1: 2026-09-21 14:13:20 to 14:13:30 UTC, 4,000 samples of joint1, joint2")
     assert {len(line) for line in lines} == {100}
-    assert lines[0].startswith("joint1     position         -1.00 to 1.00 rad ")
-    marks = {line.split()[1]: line.index("|") for line in lines if "|" in line}
-    begin = len(lines[0]) - 54
-    assert (marks["new.kind"], marks["motor.offline"]) == (begin, begin + 27)
+    assert lines[0].startswith("joint1  position         -1.00 to 1.00 rad ")
+    (offline,) = [line for line in lines if "motor.offline" in line]
+    begin = len("joint1  ") + WORDS + 1
+    assert offline.index("|") == pytest.approx((begin + 100) / 2, abs=1)
+    assert lines[-1].startswith("arm     new.kind  ")
+    assert lines[-1].index("|") == begin
+
+
+def test_narrow_terminal_still_shows_something(survey: Survey) -> None:
+    assert all(len(line) < 60 for line in [*sparklines(survey, 5)][1:])
+
+
+def test_motors_come_in_the_order_of_their_numbers() -> None:
+    assert survey_of(*(make_samples(f"joint{n}", 2) for n in (10, 2, 1))).motors() == ["joint1", "joint2", "joint10"]
 
 
 def test_sparkline_shows_a_spike_to_either_side_and_where_nothing_is() -> None:
