@@ -9,11 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
-
 from gateway import extras
 from gateway.arrays import UNITS
-from gateway.log_reader import Entries, LogError, Samples, Topic
+from gateway.log_reader import Entries, LogError, Samples, Topic, records
 from gateway.telemetry import FIELD_NAMES, RECORD
 
 ROW_GROUP = 1 << 17  # rows: as many are held in memory, and lie together in the file
@@ -105,7 +103,7 @@ def _of_samples(part: Samples) -> dict[str, Any]:
 
 def _of_entries(part: Entries) -> dict[str, Any]:
     offsets, streams, seqs, times, keys, values = zip(*part.entries, strict=True)
-    objects = [_object(value) for value in values]
+    objects = [record.value for record in records(part)]
     return {
         "at": times,
         "motor": keys,
@@ -114,17 +112,9 @@ def _of_entries(part: Entries) -> dict[str, Any]:
         "stream": streams,
         "seq": seqs,
         "at_ns": times,
-        **{text: [_text(found.get(text)) for found in objects] for text in _TEXTS[part.topic]},
+        **{text: [_text(value.get(text)) for value in objects] for text in _TEXTS[part.topic]},
         "json": [value.decode(errors="replace") for value in values],
     }
-
-
-def _object(raw: bytes) -> dict[str, Any]:
-    """A JSON object; empty for what is none: anybody may write a command."""
-    try:
-        return msgspec.json.decode(raw, type=dict[str, Any])
-    except (ValueError, RecursionError):
-        return {}
 
 
 def _text(value: object) -> str | None:

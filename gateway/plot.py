@@ -5,20 +5,20 @@ value are drawn, so that a single late sample in a million is seen. A line ends 
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from drivers.clock import MS, SECOND
 from gateway import extras
 from gateway.envelope import Envelope, Floats, column_of
 from gateway.events import ARM
-from gateway.log_reader import Entries, LogError, Samples
+from gateway.log_reader import Entries, LogError, Samples, records
 
 QUANTITIES = (("position", "rad"), ("speed", "rad/s"), ("temperature", "°C"), ("lateness", "ms"))
 LATENESS = 3  # among them; until it is drawn, the gap between samples in ns
@@ -55,18 +55,17 @@ class Trace:
 
     def add(self, part: Samples) -> None:
         """Take in the next samples."""
-        records = part.records
-        at_ns = records["sampled_at_ns"]
+        at_ns = part.records["sampled_at_ns"]
         gaps = np.diff(at_ns, prepend=at_ns[:1] if self.last_ns is None else self.last_ns).astype(float)
         if self.last_ns is None:
             gaps[0] = np.nan
-        told = (records["position_rad"], records["velocity_rad_s"], records["temperature_c"], gaps)
-        values = np.column_stack(told)
+        told = (part.records[name] for name in ("position_rad", "velocity_rad_s", "temperature_c"))
+        values = np.column_stack((*told, gaps))
         values[~np.isfinite(values)] = np.nan  # infinity cannot be drawn
         self.seen.add(at_ns, values)
         if len(gaps) > 1:
             self.gaps_ns.append(float(np.median(gaps[1:])))
-        self.samples += len(records)
+        self.samples += len(part.records)
         self.last_ns = int(at_ns[-1])
 
     @property
@@ -95,10 +94,11 @@ class Survey:
         if isinstance(part, Samples):
             self.traces.setdefault(part.motor, Trace()).add(part)
             return
-        for entry in part.entries:
-            kind = msgspec.json.decode(entry.value).get("type", "?")
-            times = self.events.setdefault((kind, entry.key), Envelope(0, MARKS))
-            times.add(np.array([entry.at_ns]), np.empty((1, 0)))
+        found: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+        for event in records(part):
+            found[str(event.value.get("type", "?")), event.motor].append(event.at_ns)
+        for kind, at_ns in found.items():
+            self.events.setdefault(kind, Envelope(0, MARKS)).add(np.array(at_ns), np.empty((len(at_ns), 0)))
 
     def motors(self) -> list[str]:
         """All that have samples or events: joint2 before joint10."""

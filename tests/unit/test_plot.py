@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from gateway import telemetry
+from gateway.events import EventType
 from gateway.extras import ExtraMissing
 from gateway.log_reader import Entries, LogEntry, LogError, Position, Samples
-from gateway.plot import BLOCKS, QUANTITIES, WORDS, Survey, picture, sparkline, sparklines
+from gateway.plot import BLOCKS, COLOURS, QUANTITIES, WORDS, Survey, picture, sparkline, sparklines
 from gateway.telemetry import Records
 from tests.log_parts import BEGIN_NS, PERIOD_NS
 
@@ -140,6 +141,15 @@ def test_sparklines_are_as_wide_as_asked_for_and_say_bounds_with_units(survey: S
 
 def test_narrow_terminal_still_shows_something(survey: Survey) -> None:
     assert all(len(line) < 60 for line in [*sparklines(survey, 5)][1:])
+
+
+def test_event_that_is_no_json_is_marked_too() -> None:
+    entry = LogEntry(0, 7, 1, BEGIN_NS, "joint1", b"nonsense \xff")
+    assert survey_of(Entries("events", 0, [entry], Position(7, 1))).events.keys() == {("?", "joint1")}
+
+
+def test_colours_are_of_events_that_there_are() -> None:
+    assert set().union(*COLOURS.values()) < set(EventType)
 
 
 def test_motors_come_in_the_order_of_their_numbers() -> None:
