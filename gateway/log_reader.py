@@ -170,6 +170,10 @@ class LogReader(ABC):
         """Behind what was handed out so far; kept beside a reader's own output, they are a ``start``."""
         return dict(self._position)
 
+    def partitions(self) -> set[Key]:
+        """Those that are known to have records; of a recording that others made, none until they come."""
+        return {*self._position, *self._ends}
+
     def left(self) -> int | None:
         """About how many records are still to come; None where nobody can tell."""
         at = {key: position.offset for key, position in self._position.items()}

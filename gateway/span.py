@@ -14,9 +14,10 @@ async def cut(
 ) -> AsyncIterator[Part]:
     """Parts of ``log`` (entered) with these motors alone, and only what came before ``until_ns`` (event time).
 
-    What concerns the whole arm has motor ``*``. Ends early where every partition has passed ``until_ns``. Raises
-    LogError at the end for a motor that had no samples, where others had.
+    What concerns the whole arm has motor ``*``. Ends early where every partition is known, and has passed
+    ``until_ns``. Raises LogError at the end for a motor that had no samples, where others had.
     """
+    known = log.partitions()
     wanted = None if motors is None else frozenset(motors)
     seen: set[str] = set()
     passed: set[Key] = set()
@@ -34,7 +35,7 @@ async def cut(
             yield found
         if until_ns is not None and _last_ns(part) >= until_ns:
             passed.add((part.topic, part.partition))
-            if passed >= log.positions().keys():
+            if known and passed >= known | log.partitions():
                 break
     if wanted and seen and (never := sorted(wanted - seen - {"*"})):
         raise LogError(f"motor {', '.join(never)}: no samples in this span, which has {', '.join(sorted(seen))}")

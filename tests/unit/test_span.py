@@ -1,11 +1,24 @@
 """A span holds exactly what was asked for: these motors, and nothing from the end on."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
 
-from gateway.log_reader import Entries, LogError, Missed, Samples, Time, Topic
+from gateway.log_reader import (
+    Entries,
+    LogError,
+    LogReader,
+    Missed,
+    Part,
+    Position,
+    Positions,
+    Samples,
+    Time,
+    Topic,
+)
 from gateway.source import open_source
 from gateway.span import cut
 from tests.gateway_parts import MOTORS, Numbering
@@ -64,6 +77,37 @@ async def test_reading_ends_where_every_motor_has_passed_the_end(journal: Path) 
         left = log.left()
         assert left
         assert left > COUNT
+
+
+class Unknown(LogReader):
+    """A reader that learns of its partitions as they come, one part each."""
+
+    def __init__(self, parts: list[Samples]) -> None:
+        super().__init__(["telemetry"], "beginning", follow=False, name=None)
+        self._given = parts
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def commit(self, positions: Positions | None = None) -> None:
+        raise LogError
+
+    async def _read(self) -> Sequence[Part]:
+        if not self._given:
+            raise StopAsyncIteration
+        return [self._given.pop(0)]
+
+
+async def test_reading_does_not_end_before_partitions_that_nobody_knew_of() -> None:
+    parts = [
+        Samples(partition, motor, np.arange(COUNT), of_motor(RECORDS, partition), Position(7, COUNT))
+        for partition, motor in MOTORS.items()
+    ]
+    found = [part async for part in cut(Unknown(parts), until_ns=BEGIN_NS + PERIOD_NS)]
+    assert [part.motor for part in found if isinstance(part, Samples)] == [*MOTORS.values()]
 
 
 async def test_entries_are_those_of_the_motors_before_the_end(journal: Path) -> None:
