@@ -26,7 +26,6 @@ from drivers.family import Medium
 from gateway import client, live, log_reader, plans
 from gateway import config as configuration
 from gateway import scan as scanning
-from gateway.app import Gateway, run_gateway
 from gateway.bus_file import BusFileError
 from gateway.cli_command import command
 from gateway.cli_common import (
@@ -49,7 +48,8 @@ from gateway.cli_export import export
 from gateway.cli_plot import plot
 from gateway.cli_record import record_command
 from gateway.cli_replay import replay_command
-from gateway.config import Config, ConfigError
+from gateway.cli_run import run_shown
+from gateway.config import ConfigError
 from gateway.draft import draft
 from gateway.extras import ExtraMissing
 from gateway.journal import JournalError
@@ -108,7 +108,7 @@ def demo(kafka: KafkaOption = None, verbose: VerboseOption = False) -> None:
     """Run a simulated six-motor arm with a live view; nothing to set up."""
     path = configuration.shipped(DEMO)
     config = load_config(path, kafka)
-    _run(config, verbose=verbose)
+    run_shown(config, verbose=verbose)
     journal = StateDir(config.arm.state_dir).journal
     shown = path if not path.is_relative_to(Path.cwd()) else path.relative_to(Path.cwd())
     print(f"Kept in {journal}. Look at it with: servo-gateway tail {shown} --from beginning")
@@ -117,17 +117,7 @@ def demo(kafka: KafkaOption = None, verbose: VerboseOption = False) -> None:
 @app.command()
 def run(config: ConfigFile, kafka: KafkaOption = None, verbose: VerboseOption = False) -> None:
     """Run the gateway of an arm until Ctrl-C or SIGTERM."""
-    _run(load_config(config, kafka), verbose=verbose)
-
-
-def _run(config: Config, *, verbose: bool) -> None:
-    console = Console(stderr=not sys.stdout.isatty())
-
-    async def watch(gateway: Gateway) -> None:
-        await (live.table(gateway.board, console) if console.is_terminal else live.lines(gateway.board))
-
-    live.configure_logging(console, verbose=verbose)
-    asyncio.run(run_gateway(config, watch))
+    run_shown(load_config(config, kafka), verbose=verbose)
 
 
 @app.command()
@@ -140,6 +130,8 @@ def simulate(
 ) -> None:
     """Run only the simulated motors; DIR/<bus> leads to each bus's pseudo-terminal (slcan for a CAN bus)."""
     loaded = load_config(config)
+    if loaded.simulation and loaded.simulation.recording:
+        raise typer.BadParameter(f"{config}: simulation.recording is for run; here motors move by simulation.motion")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -24,10 +24,13 @@ from gateway.cli_common import (
     KafkaOption,
     SourceArgument,
     ToOption,
+    load_config,
     parse_end,
     parse_start,
 )
+from gateway.cli_run import run_in_motion
 from gateway.log_reader import LogReader, Start, Topic
+from gateway.motion import Motion, as_virtual
 from gateway.pace import Pace, controlled
 from gateway.replay import OpenTarget, Played, replay
 from gateway.replay_journal import into_journal
@@ -35,6 +38,8 @@ from gateway.replay_kafka import into_kafka
 from gateway.source import open_source
 from gateway.state_dir import StateDir
 from gateway.virtual_bus import CHOICES
+
+Reader = Callable[[Topic], LogReader]
 
 LOOK_S = 0.1
 SLOWEST = 0.1
@@ -49,6 +54,9 @@ def replay_command(
         Path | None, typer.Option(metavar="DIR", help="State directory of ARM; else where its gateway would have it.")
     ] = None,
     kafka: KafkaOption = None,
+    as_motors: Annotated[
+        Path | None, typer.Option(metavar="CONFIG", help="Run the gateway of CONFIG on simulated motors that move so.")
+    ] = None,
     speed: Annotated[str, typer.Option(metavar="N|max", help="Times as fast as it was, from 0.1.")] = "1",
     start: FromOption = "beginning",
     end: ToOption = None,
@@ -67,6 +75,8 @@ def replay_command(
 ) -> None:
     """Replay a log into the log of another arm, original times and numbers and all; what is there already stays.
 
+    With --as-motors the whole gateway of CONFIG runs, as ARM, on simulated motors that live through the log.
+
     With --bus a file of raw traffic onto a virtual bus; --from and --to may then be seconds from its first frame on.
 
     Space, or SIGUSR1, pauses and goes on. With --kafka into the topics of ARM there; commands are never written.
@@ -76,17 +86,36 @@ def replay_command(
         replay_bus(source, pace=pace, onto=onto, link=link, start=start, end=end, only=only, channel=channel)
         return
     if into is None:
-        raise typer.BadParameter("--into ARM is missing")
+        raise typer.BadParameter("--into ARM is missing: the name of the arm that the replay is to be")
+    arm = _arm(into, state_dir)
+    reader = functools.partial(_reader, source, parse_start(start), (kafka or []) if from_kafka else None)
+    if as_motors:
+        _run_as_motors(load_config(as_motors, kafka), arm, source, reader, parse_end(end), parse_speed(speed))
+        return
     if kafka and state_dir:
         raise typer.BadParameter("--state-dir and --kafka: one of the two is where the log of ARM lies")
-    try:
-        arm = configuration.Arm.model_validate({"name": into} | ({"state_dir": str(state_dir)} if state_dir else {}))
-    except ValidationError as error:
-        raise typer.BadParameter(f"--into {into}: {error.errors()[0]['msg']}") from None
-    brokers = (kafka or []) if from_kafka else None
-    reader = functools.partial(_reader, source, parse_start(start), brokers)
     target = into_kafka(_settings(source, kafka), into) if kafka else into_journal(StateDir(arm.state_dir), into)
     asyncio.run(_replay(reader, target, Pace(parse_speed(speed)), parse_end(end)))
+
+
+def _arm(name: str, state_dir: Path | None) -> configuration.Arm:
+    place = {"state_dir": str(state_dir)} if state_dir else {}
+    try:
+        return configuration.Arm.model_validate({"name": name, **place})
+    except ValidationError as error:
+        raise typer.BadParameter(f"--into {name}: {error.errors()[0]['msg']}") from None
+
+
+def _run_as_motors(
+    config: configuration.Config, arm: configuration.Arm, source: Path, reader: Reader, until_ns: int | None,
+    speed: float | None,
+) -> None:  # fmt: skip
+    if speed is None:
+        raise typer.BadParameter("--speed max: motors need a number")
+    named = config.arm.model_copy(update={"name": arm.name, "state_dir": arm.state_dir})
+    config = as_virtual(config, named, source)
+    motion = Motion(config, reader("telemetry"), until_ns=until_ns, speed=speed)
+    run_in_motion(config, motion, verbose=False, until_end=True)
 
 
 def _reader(source: Path, start: Start, kafka: list[str] | None, topic: Topic) -> LogReader:
@@ -111,7 +140,7 @@ def parse_speed(word: str) -> float | None:
     raise typer.BadParameter(f"--speed {word}: must be a number from {SLOWEST}, or max")
 
 
-async def _replay(reader: functools.partial[LogReader], target: OpenTarget, pace: Pace, until_ns: int | None) -> None:
+async def _replay(reader: Reader, target: OpenTarget, pace: Pace, until_ns: int | None) -> None:
     played = Played()
     with controlled(pace.toggle):
         async with _shown(played, pace):

@@ -356,6 +356,8 @@ class Simulation(Table):
 
     motion: Literal["wave", "still"] = "wave"
     """What motors do before the first command: swing slowly, or hold still."""
+    recording: LocalPath | None = None
+    """In place of that, a log of another arm whose motion they live through: .mcap, a directory, a journal.db."""
     enabled: bool = True
     """Motors power up with their torque on."""
     wire_time: bool = False

@@ -70,6 +70,8 @@ def _simulated_bus(config: Config, bus: CanBus | SerialBus, links: Path, *, pty:
     """The bus with its motors; behind a pseudo-terminal if ``pty``, or if there is no other way to it."""
     simulation = config.simulation or Simulation()
     here = config.motors_on(bus.name)
+    motion = StateDir(config.arm.state_dir).motion if simulation.recording else None
+    traces = {motor.partition: motion / f"{motor.partition}.trace" for motor in here} if motion else {}
     host, where, options = "slcan", str(links / bus.name), {}
     if isinstance(bus, SerialBus):
         host = "serial"
@@ -82,10 +84,12 @@ def _simulated_bus(config: Config, bus: CanBus | SerialBus, links: Path, *, pty:
         where=where,
         motors=tuple(motor.driven() for motor in here),
         settings=SimulationSettings(
-            motion=simulation.motion,
+            motion="still" if motion else simulation.motion,
             enabled=simulation.enabled,
             position_rad={motor.partition: motor.position_rad for motor in here},
             velocity_rad_s={motor.partition: motor.velocity_rad_s for motor in here},
+            traces={partition: trace for partition, trace in traces.items() if trace.exists()},
+            playhead=motion / "playhead" if motion else None,
             bits_per_s=_bits_per_s(bus) if simulation.wire_time else 0,
             turnaround_ns=round(simulation.turnaround_us * 1000),
             seed=simulation.seed,

@@ -5,22 +5,27 @@ import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from math import pi
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
+from drivers.buses import CanSpec
 from drivers.clock import MS, SECOND
 from gateway import kafka as kafka_clients
 from gateway import telemetry
 from gateway.aside import set_aside
-from gateway.config import Config, loads
+from gateway.config import Config, load, loads
 from gateway.journal import Batch, Changes, Journal, JournalError, StoredEntry
 from gateway.journal_reader import JournalLog
 from gateway.kafka import TopicMismatch
 from gateway.kafka_reader import KafkaLog
 from gateway.log_reader import Entries, LogError, LogReader, Position, Positions, Samples, Start, Topic
+from gateway.motion import as_virtual
 from gateway.pace import Pace
+from gateway.plans import worker_plans
 from gateway.replay import WRITTEN, OpenTarget, Played, replay
 from gateway.replay_journal import into_journal
 from gateway.replay_kafka import into_kafka
@@ -29,6 +34,7 @@ from hil import judge
 from hil.arm import COMMAND
 from tests.conftest import Kafka
 from tests.gateway_parts import ARM, DEADLINE_S, KAFKA, MOTORS, wait_for
+from tests.system.conftest import MakeArm
 from tests.system.rig import create_topic, send
 
 START_NS = 1_790_000_000_000_000_000
@@ -300,3 +306,66 @@ async def test_commands_and_what_has_no_number_are_left_out_and_counted(
     assert played.records == {"telemetry": 800, "events": 120, "outcomes": 0}
     with pytest.raises(TopicMismatch, match="there is no topic"):
         await kafka_clients.partitions_of(again.kafka, again.topic("commands"))  # type: ignore[arg-type]
+
+
+# --- as motors --------------------------------------------------------------------------------------------------------
+
+COUNT_RAD = {"feetech_sts": 2 * pi / 4096, "damiao": 25 / 65535}
+"""A count of the encoder, as each family tells it; config/simulated-arm.toml has both."""
+
+
+def positions(journal: Path) -> dict[str, list[float]]:
+    """{motor: every position}, oldest first."""
+
+    async def read() -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        async with JournalLog(journal, ["telemetry"], "beginning", follow=False) as log:
+            async for part in log:
+                if isinstance(part, Samples):
+                    found.setdefault(part.motor, []).extend(part.records["position_rad"].tolist())
+        return found
+
+    return asyncio.run(read())
+
+
+def test_a_gateway_on_motors_that_live_through_a_log_polls_the_recorded_positions(
+    make_arm: MakeArm, tmp_path: Path
+) -> None:
+    arm = make_arm()
+    arm.start()
+    arm.wait(lambda: min(arm.journal_ends().values()) > 400, "two seconds of samples")
+    arm.stop()
+    journal, again = arm.state / "journal.db", tmp_path / "again"
+    said = arm.cli(
+        "replay", str(journal), "--as-motors", str(arm.config), "--into", "virtual", "--state-dir", str(again)
+    )
+    assert said.returncode == 0, said.stderr
+    assert (verdict := judge.judge_journal(again / "journal.db")).ok, verdict
+
+    recorded, polled = positions(journal), positions(again / "journal.db")
+    for motor, family in arm.families.items():
+        then, now = np.array(recorded[motor]), polled[motor]
+        at = 0
+        for position_rad in now:
+            near = np.flatnonzero(np.abs(then[at:] - position_rad) <= COUNT_RAD[family])
+            assert near.size, f"{motor}: {position_rad} rad does not follow {then[at]} rad in the log"
+            at += int(near[0])
+        assert abs(now[-1] - then[-1]) <= COUNT_RAD[family]
+        assert np.ptp(now) >= 0.95 * np.ptp(then)
+
+
+def test_motors_live_through_no_log_of_their_own_arm(recorded: StateDir, tmp_path: Path, make_arm: MakeArm) -> None:
+    arm = make_arm()
+    options = ("--as-motors", str(arm.config), "--state-dir", str(tmp_path / "again"))
+    said = arm.cli("replay", str(recorded.journal), "--into", "arm1", *options)
+    assert said.returncode == 2
+    assert "needs another name" in said.stderr
+
+
+def test_whatever_a_configuration_says_its_buses_end_at_pseudo_terminals() -> None:
+    real = load(Path(__file__).parents[2] / "config" / "real-arm.toml")
+    links = Path("links")
+    for plan in worker_plans(as_virtual(real, real.arm, Path("a.mcap")), links).values():
+        where = plan.bus.channel if isinstance(plan.bus, CanSpec) else plan.bus.port
+        assert where == str(links / plan.bus.name)
+        assert not isinstance(plan.bus, CanSpec) or plan.bus.interface == "slcan"
