@@ -75,7 +75,8 @@ class Writer:
             self._text.write(f"# bytes of serial bus {bus}: seconds since 1970 UTC, > sent or < heard, hexadecimal\n")
             return
         try:
-            self._can = cast("FileIOMessageWriter[Any]", can.Logger(path))
+            made = _AscWriter(path) if suffix == ".asc" else can.Logger(path)
+            self._can = cast("FileIOMessageWriter[Any]", made)
         except NotImplementedError as error:
             raise BusFileError(f"{path}: {suffix} needs asammdf: pip install asammdf; or use .log") from error
 
@@ -105,6 +106,12 @@ class Writer:
     def close(self) -> None:
         """Finish the file."""
         (self._can.stop if self._can else self._text.close)()
+
+
+class _AscWriter(can.ASCWriter):
+    """One whose date holds: python-can writes 7 ms as ".7"."""
+
+    FORMAT_DATE = "%a %b %d %H:%M:%S.{:03} %Y"
 
 
 def to_message(unit: Traffic, channel: str | None = None) -> can.Message:

@@ -82,10 +82,15 @@ class Tap:
         except BlockingIOError:
             return
         except OSError:  # it is gone
+            self.close()
+
+    def close(self) -> None:
+        """Let the recorder go; another may be found."""
+        if self._socket:
             self._socket.close()
-            self._socket = None
-            if self._bus:
-                self._bus.tap = None
+        self._socket = None
+        if self._bus:
+            self._bus.tap = None
 
     def _begin(self) -> None:
         self._open = bytearray(_HEAD.pack(self._life, self._number))
