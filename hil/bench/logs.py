@@ -239,8 +239,7 @@ def _tell(console: Console, found: dict[str, list[float]], records: int) -> dict
             (
                 what,
                 speed,
-                speed * MESSAGE_SIZE / 1e6 if what in SAMPLES else None,
-                speed / MOTORS / RATE_HZ,
+                *((speed * MESSAGE_SIZE / 1e6, speed / MOTORS / RATE_HZ) if what in SAMPLES else (None, None)),
                 min(found[what]),
                 max(found[what]),
             )
