@@ -51,7 +51,6 @@ class Recorder:
         self._positions: dict[Key, Position] | None = None  # where the recording ends, if there is one
         self._file: RecordingWriter | None = None
         self._number = 0  # of the newest file
-        self._reading: asyncio.Timeout | None = None
         self._stopping = False
 
     # -- what was recorded before --------------------------------------------------------------------------------
@@ -123,10 +122,8 @@ class Recorder:
                 self._file = None
 
     def stop(self) -> None:
-        """Make ``record`` write what it has, finish the file and return."""
+        """Make ``record`` write what it has, finish the file and return, within about FLUSH_S."""
         self._stopping = True
-        if self._reading and not self._reading.expired():
-            self._reading.reschedule(asyncio.get_running_loop().time())
 
     def _check_place(self, reader: LogReader) -> None:
         streams = {at.stream for at in (self._positions or {}).values()}
@@ -140,12 +137,12 @@ class Recorder:
         while more:
             collector, due = Collector(), now() + FLUSH_S
             while more and collector.size < CHUNK_BYTES and now() < due:
-                self._reading = asyncio.timeout_at(due)
+                wait = asyncio.timeout_at(due)
                 try:
-                    async with self._reading:
+                    async with wait:
                         part = await anext(reader)
                 except TimeoutError:
-                    if not self._reading.expired():
+                    if not wait.expired():
                         raise
                 except StopAsyncIteration:
                     more = False
