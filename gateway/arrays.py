@@ -7,6 +7,7 @@ An array has the fields of the log, one row a sample, and goes as it is into ``p
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -49,13 +50,20 @@ def read_samples(
     """
 
     async def read() -> dict[str, list[bytes]]:
-        found: dict[str, list[bytes]] = {}
+        pieces: dict[str, list[bytes]] = {}
         async for motor, samples in stream_samples(source, motors, start, until, kafka=kafka):
-            found.setdefault(motor, []).append(samples.tobytes())
-        return found
+            pieces.setdefault(motor, []).append(samples.tobytes())
+        return pieces
 
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        found = asyncio.run(read())
+    else:  # a notebook has a loop of its own
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(asyncio.run, read()).result()
     # np.concatenate would compare the fields of every array first
-    return {motor: np.frombuffer(bytearray().join(found), SAMPLE) for motor, found in asyncio.run(read()).items()}
+    return {motor: np.frombuffer(bytearray().join(pieces), SAMPLE) for motor, pieces in found.items()}
 
 
 async def stream_samples(

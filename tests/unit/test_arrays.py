@@ -31,6 +31,10 @@ def test_every_motor_has_its_samples_bit_for_bit(journal: Path) -> None:
         found[motor]["position_rad"] = 0  # it is the caller's own
 
 
+async def test_arrays_are_read_beside_a_loop_that_runs(journal: Path) -> None:
+    assert len(read_samples(journal)["joint1"]) == COUNT  # as in a notebook
+
+
 def test_plain_keeps_each_field() -> None:
     for name in FIELD_NAMES:
         assert plain(RECORDS)[name].tobytes() == RECORDS[name].tobytes()
