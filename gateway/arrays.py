@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gateway.log_reader import Missed, Samples, Start, Time
 from gateway.source import open_source
-from gateway.span import cut
+from gateway.span import cut, ns_of
 from gateway.telemetry import FIELD_NAMES, RECORD, Records
 
 SAMPLE = np.dtype([(name, RECORD[name]) for name in FIELD_NAMES])
@@ -76,8 +76,8 @@ async def stream_samples(
     kafka: Sequence[str] | None = None,
 ) -> AsyncIterator[tuple[str, NDArray[np.void]]]:
     """As ``read_samples``, piece by piece: a motor and its next samples. With ``follow`` it waits for more."""
-    begin = Time(_ns(start)) if isinstance(start, datetime) else start
-    end = _ns(until) if isinstance(until, datetime) else until
+    begin = Time(ns_of(start)) if isinstance(start, datetime) else start
+    end = ns_of(until) if isinstance(until, datetime) else until
     async with open_source(source, ["telemetry"], begin, follow=follow, kafka=kafka) as log:
         async for part in cut(log, motors=motors, until_ns=end):
             match part:
@@ -93,7 +93,3 @@ def plain(records: Records) -> NDArray[np.void]:
     for name in FIELD_NAMES:
         samples[name] = records[name]
     return samples
-
-
-def _ns(at: datetime) -> int:
-    return (at.astimezone() - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1) * 1000

@@ -1,7 +1,7 @@
 """What the commands of the command line share: options, exit statuses, and how they read and print."""
 
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from gateway import config as configuration
 from gateway.config import Config
 from gateway.log_reader import TOPICS, Seq, Start, Time, Topic
+from gateway.span import ns_of
 
 FAILED, WRONG = 1, 2
 A_TIME = "2026-11-21T15:04:05Z"
@@ -87,10 +88,9 @@ def parse_end(word: str | None) -> int | None:
 def epoch_ns(word: str) -> int | None:
     """A time of the command line, in ns since 1970; None if it is none."""
     try:
-        at = datetime.fromisoformat(word).astimezone()  # a time without a zone is this machine's
-    except ValueError:
+        return ns_of(datetime.fromisoformat(word))
+    except (ValueError, OverflowError):
         return None
-    return (at - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1) * 1000
 
 
 def plain_console() -> Console:

@@ -5,8 +5,14 @@ Where it begins is the reader's ``start``. Parts are cut as a whole, never recor
 
 from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 from gateway.log_reader import Entries, Key, LogError, LogReader, Missed, Part, Samples
+
+
+def ns_of(at: datetime) -> int:
+    """Its nanoseconds since 1970; a time without a zone is this machine's."""
+    return (at.astimezone() - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1) * 1000
 
 
 async def cut(
