@@ -41,7 +41,7 @@ def record_command(
     topic: TopicsOption = None,
     start: FromOption = "beginning",
     follow: Annotated[bool, typer.Option(help="Wait for more at the end of the log.")] = True,
-    rotate_mb: Annotated[int, typer.Option(min=1, help="Begin another file when one has so many megabytes.")] = 1000,
+    rotate_mb: Annotated[int, typer.Option(min=1, help="Begin another file when one has so many megabytes.")] = 250,
     rotate_min: Annotated[
         float | None, typer.Option(min=0.01, help="Begin another file when one spans so many minutes.")
     ] = None,

@@ -177,10 +177,10 @@ def _flat(nested: Mapping[Topic, Mapping[int, Position]]) -> dict[Key, Position]
 
 # --- schemas and channels ---------------------------------------------------------------------------------------------
 
-_JSON_SCHEMAS: dict[Topic, dict[str, object]] = {
-    "events": {"required": ["type", "motor", "at_ns"]},
-    "outcomes": {"required": ["command_id", "motor", "state", "at_ns"]},
-    "commands": {"description": "anybody may write here: may be no command, or no JSON"},
+_PROPERTIES: dict[Topic, dict[str, str]] = {  # what every one has; a command may hold anything
+    "events": {"type": "string", "motor": "string", "at_ns": "integer"},
+    "outcomes": {"command_id": "string", "motor": "string", "state": "string", "at_ns": "integer"},
+    "commands": {},
 }
 SCHEMA_TOPICS: dict[str, Topic] = {
     "servo.Telemetry": "telemetry",
@@ -197,7 +197,8 @@ def schemas() -> dict[Topic, Schema]:
         if topic == "telemetry":
             made[topic] = Schema(number, shipped("telemetry.binpb").read_bytes(), "protobuf", name)
         else:
-            data = msgspec.json.encode({"type": "object", "title": name, **_JSON_SCHEMAS[topic]})
+            properties = {field: {"type": kind} for field, kind in _PROPERTIES[topic].items()}
+            data = msgspec.json.encode({"type": "object", "title": name, "properties": properties})
             made[topic] = Schema(number, data, "jsonschema", name)
     return made
 

@@ -560,6 +560,21 @@ async def test_journal_that_is_set_aside_is_finished_and_its_successor_follows(i
     assert offsets(await read_all(in_journal.reader(BOTH, follow=False, name="recorder"))) == telemetry_of(1, 3, 4)
 
 
+async def test_recording_goes_on_over_a_journal_that_was_set_aside(in_recording: InRecording) -> None:
+    await in_recording.samples(0, 1)
+    await read_all(in_recording.reader(follow=False))
+    await in_recording.samples(0)
+    old = in_recording.stream
+    in_recording.set_aside()
+    await in_recording.samples(0)
+    for _ in range(2):  # there is nothing new the second time
+        parts = await read_all(in_recording.reader(start="beginning", follow=False))
+        assert holes(parts) == []
+        found = [(p.partition, p.next.stream, int(at)) for p in parts if isinstance(p, Samples) for at in p.offsets]
+        new = in_recording.stream
+        assert sorted(found, key=lambda at: at[0]) == [(0, old, 0), (0, old, 1), (0, new, 0), (1, old, 0)]
+
+
 async def test_reader_that_was_away_while_journals_were_set_aside_reads_them_all(in_journal: InJournal) -> None:
     for _ in range(3):
         await in_journal.samples(0)

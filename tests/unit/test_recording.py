@@ -6,6 +6,7 @@ import struct
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import msgspec
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mcap.reader import make_reader
 from mcap.stream_reader import StreamReader
 from mcap.writer import CompressionType, Writer
@@ -195,6 +198,46 @@ def test_a_recording_gives_what_was_recorded_bit_for_bit_in_its_order(tmp_path: 
     assert missed(parts) == set()
 
 
+@st.composite
+def logs(draw: st.DrawFn) -> list[list[Part]]:
+    """Any log, by chunks: partitions by turns, numbers that are missing, told or not, streams that end."""
+    at = {partition: [1, 1] for partition in MOTORS}  # stream, number
+    chunks: list[list[Part]] = [[]]
+    for _ in range(draw(st.integers(0, 25))):
+        partition, count = draw(st.sampled_from([0, 1])), draw(st.integers(1, 5))
+        stream, number = at[partition]
+        match draw(st.sampled_from(["samples", "samples", "entries", "gap", "missed", "stream", "chunk"])):
+            case "samples":
+                part = samples_at(range(number, number + count), partition)
+                part.records["stream"] = stream
+                chunks[-1].append(replace(part, next=Position(stream, number + count - 1)))
+                at[partition][1] += count
+            case "entries":
+                chunks[-1].append(entries_at("outcomes", range(number, number + count), partition, stream))
+            case "gap":
+                at[partition][1] += count
+            case "missed":
+                after = Position(stream, number + count - 1)
+                chunks[-1].append(Missed("telemetry", partition, stream, number - 1, number + count - 2, "x", after))
+                at[partition][1] += count
+            case "stream":
+                at[partition] = [stream + 1, 1]
+            case "chunk":
+                chunks.append([])
+    return chunks
+
+
+# the directory that examples share is told apart by their number
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chunks=logs(), finish=st.booleans())
+def test_any_log_comes_back_as_it_was(tmp_path: Path, chunks: list[list[Part]], finish: bool) -> None:
+    path = write(tmp_path / str(len(list(tmp_path.iterdir()))) / NAME, chunks, finish=finish)
+    parts = read(path)
+    assert held(parts) == held(flat(chunks))
+    told = [sorted((p for p in of if isinstance(p, Missed)), key=lambda p: p.partition) for of in (parts, flat(chunks))]
+    assert told[0] == told[1]
+
+
 def test_parts_that_do_not_go_on_keep_their_offsets_streams_and_what_was_missed(tmp_path: Path) -> None:
     def missing(stream: int, first: int, last: int | None, after: Position) -> Missed:
         return Missed("telemetry", 0, stream, first, last, "expired", after)
@@ -234,6 +277,8 @@ def test_number_is_that_of_the_newest_stream_and_positions_reach_over_streams(tm
     assert held(read(path, start={("events", 0): Position(STREAM, 4)})) == {
         ("events", 0): [(STREAM, *old.entries[4]), *((8, *entry) for entry in new.entries)]
     }
+    behind = held(read(path, start={("events", 0): Position(STREAM, 5)}))
+    assert behind == {("events", 0): [(8, *entry) for entry in new.entries]}
     gone = read(path, start={("events", 0): Position(99, 4)})
     assert [(m.stream, m.from_offset, m.to_offset) for m in gone if isinstance(m, Missed)] == [(99, 4, None)]
     assert len(held(gone)["events", 0]) == 8
