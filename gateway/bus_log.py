@@ -19,6 +19,7 @@ from gateway.tap import Listener
 
 _LOOK_NS = 50 * MS
 _HOLD_NS = 100 * MS  # longer than any cycle leaves a frame unread
+_EVER = MonotonicNs(1 << 62)
 _AT = itemgetter(0)
 
 
@@ -46,7 +47,7 @@ class BusRecorder:
                 every_second()
         while units := self._listener.receive(MonotonicNs(0)):
             self._take(units)
-        self._write(monotonic_ns())
+        self._write(_EVER)
 
     def _take(self, units: list[Traffic]) -> None:
         self._held += units
