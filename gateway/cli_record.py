@@ -48,7 +48,10 @@ def record_command(
     kafka: KafkaOption = None,
     from_kafka: FromKafkaOption = False,
     bus: Annotated[
-        str | None, typer.Option("--bus", metavar="NAME", help="The raw traffic of this bus, in place of the log.")
+        str | None,
+        typer.Option(
+            "--bus", metavar="NAME", help="The raw traffic of this bus, in place of the log; --out may be a file."
+        ),
     ] = None,
 ) -> None:
     """Record a log into MCAP files (Foxglove, PlotJuggler), until Ctrl-C or SIGTERM.
