@@ -217,7 +217,7 @@ class Channels:
         key = run.key if _NAME.fullmatch(run.key) and len(self.all) < _MOST_CHANNELS else "*"
         label = (run.topic, str(run.partition), key)
         if (found := self._ids.get(label)) is None:
-            found = self._ids[label] = len(self.all) + 1
+            found = self._ids[label] = max(self.all, default=0) + 1
             encoding = "protobuf" if run.topic == "telemetry" else "json"
             name = "/".join(["", self._arm, *([key] if key != "*" else []), run.topic])
             metadata = {"arm": self._arm, "topic": run.topic, "partition": str(run.partition), "motor": key}
@@ -235,7 +235,8 @@ class Channels:
 
     @staticmethod
     def _label(channel: Channel) -> tuple[str, str, str]:
-        return channel.metadata["topic"], channel.metadata["partition"], channel.metadata["motor"]
+        topic, partition, motor = (channel.metadata.get(name, "") for name in ("topic", "partition", "motor"))
+        return topic, partition, motor
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ class RecordingFile:
             case Opcode.METADATA if self.own:
                 metadata = Metadata.read(self._content(at, end - at))
                 if mark := decode_mark(metadata):
-                    if self._chunk is None or at - self._chunk.chunk_start_offset != mark.back:
+                    if self._chunk is None:
                         self._chunk, self._counts = self._chunk_before(at, mark), {}
                     self.groups.append(Group(self._chunk, self._counts, MetadataIndex(at, end - at, MARK)))
                     self._chunk = None

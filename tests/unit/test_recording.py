@@ -308,6 +308,16 @@ def test_a_recording_that_ends_at_any_byte_is_gone_on_with_without_gap_or_repeat
         assert all(file.finished and not file.damage for file in map(look, directory.glob("*.mcap")))
 
 
+def test_what_is_behind_the_last_mark_is_cut_off(tmp_path: Path) -> None:
+    chunks = chunks_of(3)
+    whole = write(tmp_path / "sound" / NAME, chunks).read_bytes()
+    for tail in (bytes(5000), b"\x06" + struct.pack("<Q", 4000) + bytes(5001)):
+        path = write(tmp_path / str(len(tail)) / NAME, chunks, finish=False)
+        path.write_bytes(path.read_bytes() + tail)
+        record(path.parent, flat(chunks))
+        assert path.read_bytes() == whole
+
+
 def test_a_recording_that_ends_at_any_byte_gives_what_was_reported_written(tmp_path: Path) -> None:
     chunks = chunks_of(3)
     path = write(tmp_path / NAME, chunks, finish=False)
@@ -379,7 +389,7 @@ def test_any_damaged_byte_costs_one_chunk_at_most_and_is_told(tmp_path: Path) ->
     last = look(path).groups[-1].mark
     assert last
     for at in range(len(MAGIC), last.offset - 200, 29):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (0x55 if at % 2 else 0x01)]) + whole[at + 1 :])
         check_damaged(path, chunks, at)
 
 
