@@ -194,11 +194,17 @@ class BusFile:
                 case ".blf":
                     return self._decoded(_BlfReader(cast("Any", self._objects)))
                 case _:
-                    return self._decoded(can.MF4Reader(self._file), again=False)
-        except NotImplementedError as error:
-            raise BusFileError(f"{self._path}: {self._suffix} needs asammdf: pip install asammdf") from error
+                    return self._decoded(self._mf4_reader(), again=False)
         except _FOREIGN as error:
             raise BusFileError(f"{self._path}: is no {self._suffix} file: {error}") from error
+
+    def _mf4_reader(self) -> can.MF4Reader:
+        try:
+            return can.MF4Reader(self._path)
+        except NotImplementedError as error:
+            raise BusFileError(f"{self._path}: {self._suffix} needs asammdf: pip install asammdf") from error
+        except Exception as error:  # asammdf's own, which can be named only where it is installed
+            raise ValueError(str(error)) from error
 
     def _parsed(self, parse: Callable[[str], tuple[Traffic, str]]) -> Iterator[tuple[Traffic, str]]:
         for line in self._lines:
