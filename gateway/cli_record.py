@@ -74,7 +74,8 @@ def record_command(
         try:
             asyncio.run(_record(recorder, open_log, parse_start(start), console))
         finally:
-            print(_told(recorder), file=sys.stderr)
+            if recorder.records:
+                print(_told(recorder), file=sys.stderr)
 
 
 async def _record(recorder: Recorder, open_log: Callable[[Start], LogReader], start: Start, console: Console) -> None:
@@ -105,6 +106,4 @@ async def _tell(recorder: Recorder, console: Console) -> None:
 
 
 def _told(recorder: Recorder) -> str:
-    return (
-        f"{recorder.directory}: {recorder.records:,} records, {recorder.bytes / MB:,.1f} MB in {recorder.files} files"
-    )
+    return f"{recorder.directory}: {recorder.records:,} records, {recorder.bytes / MB:,.1f} MB"

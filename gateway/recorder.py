@@ -41,7 +41,7 @@ class Recorder:
     def __init__(self, directory: Path, *, rotate_bytes: int, rotate_ns: int | None = None) -> None:
         """A file ends when it has ``rotate_bytes``, or spans ``rotate_ns`` of event time."""
         self.directory = directory
-        self.records = self.bytes = self.files = 0
+        self.records = self.bytes = 0
         """Written by this recorder."""
         self.newest_ns = 0
         """Event time of the newest record."""
@@ -112,10 +112,9 @@ class Recorder:
             if self._arm not in {None, reader.arm}:
                 raise LogError(f"{self.directory}: holds a recording of arm {self._arm}, not of {reader.arm}")
             self._arm = reader.arm
-            if self._file:
-                self.files = 1
-            else:
-                await self._create(reader.positions() if self._positions is None else self._positions)
+            if self._positions is None:  # where it begins outlives a kill, too
+                self._positions = reader.positions()
+                self._file = await self._create()
             await self._copy(reader)
             if self._file:
                 await self._patiently(self._file.finish)
@@ -154,26 +153,25 @@ class Recorder:
             await self._write(collector, reader.positions())
 
     async def _write(self, collector: Collector, after: Positions) -> None:
-        file = self._file
-        assert file  # noqa: S101  it was opened or created before
-        packed = await asyncio.to_thread(collector.pack, file.channels, LEVEL)
-        if not packed.parts and all(file.positions.get(key) == at for key, at in after.items()):
+        assert self._positions is not None  # noqa: S101  set when it began
+        if not collector and all(self._positions.get(key) == at for key, at in after.items()):
             return
+        file = self._file = self._file or await self._create()
+        packed = await asyncio.to_thread(collector.pack, file.channels, LEVEL)
         size = file.size
         await self._patiently(lambda: file.append(packed, after))
+        self._positions = file.positions
         self.bytes += file.size - size
         self.records += sum(len(index) for index in packed.messages.values())
         self.newest_ns = max(self.newest_ns, packed.chunk.message_end_time)
         if file.size >= self._rotate_bytes or (self._rotate_ns and file.span_ns >= self._rotate_ns):
             await self._patiently(file.finish)
             self._file = None
-            await self._create(file.positions)
 
-    async def _create(self, positions: Positions) -> None:
+    async def _create(self) -> RecordingWriter:
         self._number += 1
         path = self.directory / f"{self._arm}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{self._number}.mcap"
-        self._file = await self._patiently(lambda: RecordingWriter(path, str(self._arm), positions))
-        self.files += 1
+        return await self._patiently(lambda: RecordingWriter(path, str(self._arm), self._positions or {}))
 
     async def _patiently(self, call: Callable[[], T]) -> T:
         """What ``call`` returns, when the disk has room for it. Raises OSError for anything else."""

@@ -258,6 +258,9 @@ class Collector:
         self.size = 0
         """Bytes of the messages so far."""
 
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
     def add(self, part: Part) -> None:
         self._parts.setdefault((part.topic, part.partition), []).append(part)
         match part:

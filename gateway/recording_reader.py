@@ -73,7 +73,9 @@ class RecordingLog(LogReader):
         """Raises LogError for ``follow`` and for a name."""
         super().__init__(topics, start, follow=follow, name=name)
         if follow or name is not None:
-            raise LogError(f"recording {path}: cannot be followed, and keeps no positions; read the arm's own log")
+            raise LogError(
+                f"recording {path}: does not grow for a reader (--no-follow), and keeps no positions for a name"
+            )
         self._path = path
         # alone uses the files, also after a read was cancelled
         self._thread = ThreadPoolExecutor(1, "recording-reader")
