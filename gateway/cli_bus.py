@@ -15,18 +15,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from drivers.clock import SECOND
 from drivers.traffic import Mark
-from gateway import realtime
 from gateway.bus_file import SERIAL, BusFile, Writer
 from gateway.bus_log import BusRecorder
 from gateway.bus_replay import Moment, Player
 from gateway.cli_common import A_TIME, epoch_ns
 from gateway.config import Config
 from gateway.pace import Pace, controlled
+from gateway.realtime import set_realtime
 from gateway.state_dir import StateDir
 from gateway.tap import Listener
 from gateway.virtual_bus import NotVirtual, VirtualBus, open_virtual
 
 LOOK_S = 0.1
+REALTIME_PRIORITY = 21  # as that of simulated motors: it stands for a bus
 WAYS = {"sent": int(Mark.SENT), "heard": 0}
 
 
@@ -90,7 +91,8 @@ def replay_bus(
         None if start == "beginning" else _moment("--from", start),
         None if end is None else _moment("--to", end),
     )
-    realtime.set_exact_timers()
+    if pace.paced:
+        set_realtime(REALTIME_PRIORITY)
     try:
         bus = open_virtual(file.medium, onto, link)
     except NotVirtual as error:

@@ -13,15 +13,10 @@ def set_realtime(priority: int) -> bool:
 
     For the main thread, and threads that are started later.
     """
-    set_exact_timers()
+    with contextlib.suppress(OSError):
+        _TIMER_SLACK.write_text("1")
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
     except OSError:
         return False
     return True
-
-
-def set_exact_timers() -> None:
-    """Ask for timers without slack; for the main thread, and threads that are started later."""
-    with contextlib.suppress(OSError):
-        _TIMER_SLACK.write_text("1")
