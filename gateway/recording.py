@@ -56,7 +56,10 @@ SAMPLE_MESSAGE = np.dtype(
 """A Message record of telemetry."""
 _WHOLE = np.dtype([("partition", "<u2"), ("data", f"V{MESSAGE_SIZE}")])
 """A RECORD whose message is one field."""
+INDEX_HEAD = struct.Struct("<HI")
+"""Of a MessageIndex: channel, and size of the entries."""
 _SEQUENCES = 1 << 32
+_NUMBERS = 1 << 64  # that others give in Kafka may be any
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MOST_CHANNELS = 4096  # anybody may write any key into a topic
@@ -190,7 +193,7 @@ SCHEMA_TOPICS: dict[str, Topic] = {
 }
 
 
-def schemas() -> dict[Topic, Schema]:
+def _schemas() -> dict[Topic, Schema]:
     """The schema of each topic."""
     made: dict[Topic, Schema] = {}
     for number, (name, topic) in enumerate(SCHEMA_TOPICS.items(), 1):
@@ -208,14 +211,16 @@ class Channels:
 
     def __init__(self, arm: str, known: Iterable[Channel] = ()) -> None:
         self._arm = arm
-        self._schemas = schemas()
+        self._schemas = _schemas()
         self.all: dict[int, Channel] = {channel.id: channel for channel in known}
         self._ids = {self._label(channel): channel.id for channel in self.all.values()}
 
     def id_of(self, run: Run) -> int:
         """The channel of a run; a key that can be no motor's goes into that of the whole arm."""
-        key = run.key if _NAME.fullmatch(run.key) and len(self.all) < _MOST_CHANNELS else "*"
+        key = run.key if _NAME.fullmatch(run.key) else "*"
         label = (run.topic, str(run.partition), key)
+        if label not in self._ids and len(self.all) >= _MOST_CHANNELS:
+            key, label = "*", (run.topic, str(run.partition), "*")
         if (found := self._ids.get(label)) is None:
             found = self._ids[label] = max(self.all, default=0) + 1
             encoding = "protobuf" if run.topic == "telemetry" else "json"
@@ -306,8 +311,8 @@ def _runs(part: Samples | Entries) -> Iterator[tuple[Run, slice]]:
             yield Run("telemetry", part.partition, part.motor, part.next.stream, *numbers), slice(first, end)
     else:
         singles = [
-            Run(part.topic, part.partition, entry.key, part.next.stream, entry.offset, entry.stream, entry.seq, 1)
-            for entry in part.entries
+            Run(part.topic, part.partition, key, part.next.stream, offset, stream % _NUMBERS, seq % _NUMBERS, 1)
+            for offset, stream, seq, _, key, _ in part.entries
         ]
         first = 0
         while first < len(singles):
@@ -341,7 +346,7 @@ def _encode_entries(channel: int, entries: Iterable[LogEntry]) -> _Encoded:
     data, times, offsets = bytearray(), [], []
     for entry in entries:
         offsets.append(len(data))
-        times.append(max(entry.at_ns, 0))
+        times.append(min(max(entry.at_ns, 0), _NUMBERS - 1))
         length = _MESSAGE_CONTENT + len(entry.value)
         data += _MESSAGE_HEAD.pack(Opcode.MESSAGE, length, channel, entry.seq % _SEQUENCES, times[-1], times[-1])
         data += entry.value
@@ -354,10 +359,9 @@ def encode_header() -> bytes:
 
 def encode_index(channel: int, index: NDArray[np.uint64]) -> bytes:
     """A MessageIndex record."""
-    content = index.astype("<u8").tobytes()
-    return (
-        RECORD_HEAD.pack(Opcode.MESSAGE_INDEX, 6 + len(content)) + struct.pack("<HI", channel, len(content)) + content
-    )
+    entries = index.astype("<u8").tobytes()
+    content = INDEX_HEAD.pack(channel, len(entries)) + entries
+    return RECORD_HEAD.pack(Opcode.MESSAGE_INDEX, len(content)) + content
 
 
 def decode_run(data: bytes, at: int, run: Run) -> tuple[Samples | Entries, int]:

@@ -33,6 +33,7 @@ from mcap.stream_reader import get_chunk_data_stream
 
 from gateway.log_reader import LogError, Positions
 from gateway.recording import (
+    INDEX_HEAD,
     LIBRARY,
     MAGIC,
     MARK,
@@ -57,7 +58,6 @@ SEARCH_BYTES = 1 << 20
 MOST_TAIL = 64 << 20  # a recorder that was killed leaves less behind the last mark
 
 _CHUNK = struct.Struct("<QQQII")  # start and end time, size, CRC, length of the compression's name
-_INDEX = struct.Struct("<HI")  # channel, size of its entries
 _ENTRY_BYTES = 16
 _CRC = struct.Struct("<I")
 _HEAD_BYTES = RECORD_HEAD.size + _CHUNK.size
@@ -78,9 +78,9 @@ class Group(NamedTuple):
     """Of a foreign file: messages without a chunk, from byte to byte."""
 
     def __str__(self) -> str:
-        if self.chunk:
-            return f"chunk at byte {self.chunk.chunk_start_offset}"
-        return f"byte {self.mark.offset if self.mark else self.plain and self.plain[0]}"
+        if self.plain:
+            return f"byte {self.plain[0]}"
+        return f"chunk at byte {self.chunk.chunk_start_offset}" if self.chunk else "a chunk that cannot be found"
 
 
 class RecordingFile:
@@ -142,20 +142,19 @@ class RecordingFile:
     # -- what it holds -------------------------------------------------------------------------------------------
 
     def mark(self, group: Group) -> Mark:
-        """The mark of a group that has one. Raises ValueError."""
+        """The mark of a group that has one. Raises LogError if it changed since it was looked at."""
         assert group.mark  # noqa: S101
-        content = self._content(group.mark.offset, group.mark.length)
-        found = decode_mark(Metadata.read(content))
-        if found is None:
-            raise ValueError(f"mark at byte {group.mark.offset}: not as it was written")
-        return found
+        with suppress(*BROKEN):
+            if found := decode_mark(Metadata.read(self._content(group.mark.offset, group.mark.length))):
+                return found
+        raise LogError(f"recording {self.path}: byte {group.mark.offset}: the mark cannot be read any more")
 
     def messages(self, group: Group) -> bytes:
         """The unpacked records of a chunk, or of messages without one. Raises one of BROKEN."""
         if group.plain:
             return os.pread(self._fd, group.plain[1] - group.plain[0], group.plain[0])
         if group.chunk is None:
-            raise ValueError("there is no chunk before the mark")
+            raise ValueError("its head is damaged")
         chunk = Chunk.read(self._content(group.chunk.chunk_start_offset, group.chunk.chunk_length))
         size = chunk.uncompressed_size
         if chunk.compression == "zstd":
@@ -203,8 +202,8 @@ class RecordingFile:
                     self.groups.append(Group(self._chunk, self._counts))
                 self._chunk, self._counts = _chunk_index(head, at, end - at), {}
             case Opcode.MESSAGE_INDEX:
-                channel, size = _INDEX.unpack_from(head, RECORD_HEAD.size)
-                if size != end - at - RECORD_HEAD.size - _INDEX.size:
+                channel, size = INDEX_HEAD.unpack_from(head, RECORD_HEAD.size)
+                if size != end - at - RECORD_HEAD.size - INDEX_HEAD.size:
                     raise ValueError("its length is not that of its entries")
                 if self._chunk:
                     self._chunk.message_index_offsets[channel] = at
@@ -306,7 +305,6 @@ class RecordingWriter:
         writer = cls.__new__(cls)
         writer._open(file.path, 0, mark.arm, mark.positions())
         writer._channels = Channels(mark.arm, file.channels.values())
-        writer._written = set(file.channels)
         writer._groups = list(file.groups)
         for group in file.groups:
             writer._note_times(group.chunk)
@@ -321,7 +319,7 @@ class RecordingWriter:
         """Of the reader: behind what the file holds."""
         self.size = 0
         self._channels = Channels(arm)
-        self._written: set[int] = set()
+        self._written: set[int] = set()  # channels; after a resumption once more: their records may have been cut off
         self._groups: list[Group] = []
         self._times: tuple[int, int] | None = None  # of the first and the last message
         self._fd = os.open(path, os.O_WRONLY | flags, 0o644)
@@ -353,7 +351,8 @@ class RecordingWriter:
             offsets[channel] = index_at
             records.append(encode_index(channel, index))
             index_at += len(records[-1])
-        mark = encode_mark(make_mark(self.arm, self.positions, packed.parts, after, index_at - at if chunk else 0))
+        told = make_mark(self.arm, self.positions, packed.parts, after, index_at - at if chunk else 0)
+        mark = encode_mark(told)
         self._put(b"".join([*records, mark]))
         made = packed.chunk
         entry = ChunkIndex(
@@ -371,7 +370,7 @@ class RecordingWriter:
         self._note_times(entry if chunk else None)
         self._groups.append(Group(entry if chunk else None, counts, MetadataIndex(index_at, len(mark), MARK)))
         self._written.update(new)
-        self.positions = dict(after)
+        self.positions = told.positions()
 
     def _put(self, data: bytes) -> None:
         """Append, and wait until it is on the disk; all of it or nothing."""
@@ -405,7 +404,7 @@ class RecordingWriter:
             counts.update(group.counts)
         chunks = [group.chunk for group in self._groups if group.chunk]
         marks = [group.mark for group in self._groups if group.mark]
-        channels = list(self._channels.all.values())
+        channels = [channel for channel in self._channels.all.values() if counts[channel.id]]
         schemas = self._channels.schemas_of(channels)
         start, end = self._times or (0, 0)
         statistics = Statistics(

@@ -48,12 +48,12 @@ T = TypeVar("T")
 
 
 def recordings(directory: Path) -> list[Path]:
-    """The files of a directory, in the order in which they were recorded."""
+    """The files of a directory, in the order in which they were recorded (``<arm>-<UTC time>-<n>.mcap``)."""
     return sorted(directory.glob("*.mcap"), key=lambda path: (path.stem.rsplit("-", 2)[0], number_of(path) or 0, path))
 
 
 def number_of(path: Path) -> int | None:
-    """The how manieth file of a recording it is, by its name (``<arm>-<UTC time>-<n>.mcap``)."""
+    """Which file of a recording it is, by its name; None for another name."""
     found = _NUMBERED.search(path.stem)
     return int(found[1]) if found else None
 
