@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Mark(IntFlag):
     """What a unit is, beyond its data."""
 
-    SENT = 1  # by the machine that recorded it
+    SENT = 1  # by whoever recorded it
     EXTENDED = 2  # an identifier of 29 bits
     REMOTE = 4  # a remote frame
     ERROR = 8  # an error frame: its identifier holds the classes of linux/can/error.h

@@ -107,6 +107,7 @@ class CanBus(Bus[CanFrame]):
                 self.note(Trouble.ECHO, "the interface gives back what is sent; it is passed over")
                 continue
             if self.tap:
+                message.is_rx = True  # SocketCAN says no of what other programs of this machine sent
                 self.tap(from_message(message, at_ns))
             if message.is_error_frame:
                 self._take_error(message)
