@@ -1,7 +1,9 @@
 """Recordings: what was reported written is read, whatever became of the rest; other programs read it, and we theirs."""
 
 import asyncio
+import errno
 import io
+import os
 import struct
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ from mcap.stream_reader import StreamReader
 from mcap.writer import CompressionType, Writer
 from mcap_protobuf.decoder import DecoderFactory
 
-from gateway import telemetry
+from gateway import recorder, telemetry
 from gateway.config import shipped
 from gateway.log_reader import (
     TOPICS,
@@ -186,8 +188,8 @@ class Fixed(LogReader):
 
 def record(directory: Path, parts: Sequence[Part], *, rotate_bytes: int = 1 << 30) -> None:
     """Record a log to its end."""
-    with Recorder(directory, rotate_bytes=rotate_bytes) as recorder:
-        asyncio.run(recorder.record(lambda start: Fixed(parts, start), "beginning"))
+    with Recorder(directory, rotate_bytes=rotate_bytes) as at_work:
+        asyncio.run(at_work.record(lambda start: Fixed(parts, start), "beginning"))
 
 
 # --- what was written is read -----------------------------------------------------------------------------------------
@@ -480,7 +482,8 @@ def test_files_are_bounded_and_follow_each_other(tmp_path: Path) -> None:
     assert (held(parts), missed(parts)) == (held(flat(chunks)), set())
 
 
-def test_topics_that_are_left_out_for_a_while_are_gone_on_with(tmp_path: Path) -> None:
+def test_topics_that_are_left_out_for_a_while_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "CHUNK_BYTES", 1)
     chunks = chunks_of(3)
     record(tmp_path, flat(chunks[:1]))
     record(tmp_path, [part for part in flat(chunks[:2]) if part.topic == "telemetry"])
@@ -520,11 +523,6 @@ def test_directory_has_one_recorder_and_one_arm(tmp_path: Path) -> None:
 def test_full_disk_is_waited_for_and_what_was_written_stays_readable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
-    import os
-
-    from gateway import recorder as module
-
     written, left = os.pwrite, iter([0, 100, 100, 0])
     readable = []
 
@@ -536,7 +534,7 @@ def test_full_disk_is_waited_for_and_what_was_written_stays_readable(
         readable.append(held(read(tmp_path)))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "RETRY_S", 0)
+    monkeypatch.setattr(recorder, "RETRY_S", 0)
     monkeypatch.setattr(os, "pwrite", pwrite)
     chunks = chunks_of(2)
     record(tmp_path, flat(chunks[:1]))
