@@ -26,7 +26,7 @@ RECORDED = """\
 """
 
 
-def test_candump_sees_what_is_played_onto_a_vcan_with_its_distances(channel: str, tmp_path: Path) -> None:
+def test_candump_sees_what_is_played_onto_a_vcan(channel: str, tmp_path: Path) -> None:
     path, log = tmp_path / "recorded.log", tmp_path / "seen.log"
     path.write_text(RECORDED)
     with candump(channel, log):
@@ -39,8 +39,6 @@ def test_candump_sees_what_is_played_onto_a_vcan_with_its_distances(channel: str
     assert [(unit.marks & kind, unit.can_id, unit.data, unit.dlc) for unit in units] == [
         (unit.marks & kind, unit.can_id, unit.data, unit.dlc) for unit in recorded
     ]
-    due = [unit.at_ns - recorded[0].at_ns for unit in recorded]
-    assert all(unit.at_ns - units[0].at_ns > at_ns - MS for unit, at_ns in zip(units, due, strict=True))
 
 
 def test_only_the_kernels_word_makes_a_vcan_whatever_it_is_called(channel: str) -> None:
