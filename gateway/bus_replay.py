@@ -24,7 +24,7 @@ Moment = Callable[[int], int]
 class Player:
     """Plays ``file`` onto ``bus``, from ``start`` to before ``end``.
 
-    ``way``: only what the recording machine sent (Mark.SENT), or only what it heard (0); None: all.
+    ``way``: only what the recorder's side sent (Mark.SENT), or only what it heard (0); None: all.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class Player:
         self._way = way
         self._stopping = threading.Event()
         self._patience_ns = 0 if pace.paced else _PATIENCE_NS
+        self.waits = True
+        """Whether nobody has been there yet."""
         self.played = 0
         self.lost = 0
         """Units that the bus had no room for."""
@@ -64,6 +66,7 @@ class Player:
         first = list(islice(units, 1))  # a file without any is told before anybody is there
         while not self._bus.is_ready() and not self._stopping.is_set():
             self._bus.serve(after(monotonic_ns(), _LOOK_NS))
+        self.waits = False
         moved_ns = 0
         for unit in chain(first, units):
             if self.at_ns and unit.at_ns < self.at_ns - SECOND:  # files put together: the next begins here

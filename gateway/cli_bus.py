@@ -24,7 +24,7 @@ from gateway.pace import Pace, controlled
 from gateway.realtime import set_realtime
 from gateway.state_dir import StateDir
 from gateway.tap import Listener
-from gateway.virtual_bus import NotVirtual, VirtualBus, open_virtual
+from gateway.virtual_bus import NotVirtual, open_virtual
 
 LOOK_S = 0.1
 REALTIME_PRIORITY = 21  # as that of simulated motors: it stands for a bus
@@ -87,10 +87,9 @@ def replay_bus(
     if onto is not None and link is not None:
         raise typer.BadParameter("--onto and --link: a link leads to a pseudo-terminal, in place of another bus")
     file = BusFile(source, channel)
-    moments = (
-        None if start == "beginning" else _moment("--from", start),
-        None if end is None else _moment("--to", end),
-    )
+    begin = None if start == "beginning" else _moment("--from", start)
+    until = None if end is None else _moment("--to", end)
+    way = None if only is None else WAYS[only]
     if pace.paced:
         set_realtime(REALTIME_PRIORITY)
     try:
@@ -98,11 +97,10 @@ def replay_bus(
     except NotVirtual as error:
         raise typer.BadParameter(f"--onto {error}") from None
     with bus:
-        way = None if only is None else WAYS[only]
-        player = Player(file, bus, pace, start=moments[0], end=moments[1], way=way)
+        player = Player(file, bus, pace, start=begin, end=until, way=way)
         print(f"{source} -> {bus.where}" + ("" if bus.is_ready() else ": begins when it is opened"), file=sys.stderr)
         try:
-            asyncio.run(_play(player, pace, file, bus))
+            asyncio.run(_play(player, pace, file))
         finally:
             if player.played or not file.broken:  # else the error says it all
                 _print_summary(player, file)
@@ -110,7 +108,7 @@ def replay_bus(
 
 def _moment(option: str, word: str) -> Moment:
     """A time, or seconds from the first frame on."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):
         if (offset_ns := round(float(word) * SECOND)) >= 0:
             return lambda first_ns: first_ns + offset_ns
     at_ns = epoch_ns(word)
@@ -119,10 +117,10 @@ def _moment(option: str, word: str) -> Moment:
     return lambda _: at_ns
 
 
-async def _play(player: Player, pace: Pace, file: BusFile, bus: VirtualBus) -> None:
+async def _play(player: Player, pace: Pace, file: BusFile) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, player.stop)
     with controlled(pace.toggle):
-        async with _shown(player, pace, file, bus):
+        async with _shown(player, pace, file):
             try:
                 await asyncio.to_thread(player.run)
             finally:
@@ -143,7 +141,7 @@ def _print_summary(player: Player, file: BusFile) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _shown(player: Player, pace: Pace, file: BusFile, bus: VirtualBus) -> AsyncIterator[None]:
+async def _shown(player: Player, pace: Pace, file: BusFile) -> AsyncIterator[None]:
     """A bar on a terminal meanwhile."""
     console = Console(stderr=True)
     with Progress(
@@ -155,7 +153,7 @@ async def _shown(player: Player, pace: Pace, file: BusFile, bus: VirtualBus) -> 
         async def draw() -> None:
             while True:
                 at = f"{datetime.fromtimestamp(player.at_ns // SECOND, UTC):%F %T}" if player.at_ns else ""
-                words = "paused" if pace.paused else "" if bus.is_ready() else "waiting until it is opened"
+                words = "paused" if pace.paused else "waiting until it is opened" if player.waits else ""
                 progress.update(task, completed=file.fraction, description=f"{at} {player.played:,} {words}")
                 await asyncio.sleep(LOOK_S)
 
