@@ -62,7 +62,7 @@ def record_command(
         record_bus(load_config(source), bus, out)
         return
     topics = parse_topics(topic) if topic else None
-    at = brokers(kafka, from_kafka=from_kafka)
+    begin, at = parse_start(start), brokers(kafka, from_kafka=from_kafka)
     console = Console(stderr=True, highlight=False, markup=False)
     live.configure_logging(console, verbose=False)
 
@@ -72,7 +72,7 @@ def record_command(
     rotate_ns = None if rotate_min is None else round(rotate_min * MINUTE)
     with Recorder(out, rotate_bytes=rotate_mb * MB, rotate_ns=rotate_ns) as recorder:
         try:
-            asyncio.run(_record(recorder, open_log, parse_start(start), console))
+            asyncio.run(_record(recorder, open_log, begin, console))
         finally:
             if recorder.records:
                 print(_told(recorder), file=sys.stderr)

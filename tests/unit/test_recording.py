@@ -186,9 +186,11 @@ class Fixed(LogReader):
         raise StopAsyncIteration
 
 
-def record(directory: Path, parts: Sequence[Part], *, rotate_bytes: int = 1 << 30) -> None:
+def record(
+    directory: Path, parts: Sequence[Part], *, rotate_bytes: int = 1 << 30, rotate_ns: int | None = None
+) -> None:
     """Record a log to its end."""
-    with Recorder(directory, rotate_bytes=rotate_bytes) as at_work:
+    with Recorder(directory, rotate_bytes=rotate_bytes, rotate_ns=rotate_ns) as at_work:
         asyncio.run(at_work.record(lambda start: Fixed(parts, start), "beginning"))
 
 
@@ -472,14 +474,16 @@ def test_file_that_is_gone_from_the_middle_is_told_exactly(tmp_path: Path) -> No
 # --- the recorder -----------------------------------------------------------------------------------------------------
 
 
-def test_files_are_bounded_and_follow_each_other(tmp_path: Path) -> None:
-    chunks = chunks_of(12)
-    for number in range(1, 13):
-        record(tmp_path, flat(chunks[:number]), rotate_bytes=1)
-    record(tmp_path, flat(chunks), rotate_bytes=1)  # nothing new: no file
+@pytest.mark.parametrize("bound", [{"rotate_bytes": 1}, {"rotate_ns": 2 * STEP_NS}], ids=["size", "time"])
+def test_files_are_bounded_and_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: dict[str, int]
+) -> None:
+    monkeypatch.setattr(recorder, "CHUNK_BYTES", 1)
+    parts = [samples_at(range(3 * n + 1, 3 * n + 4), 0) for n in range(12)]  # each spans two periods
+    for count in (1, 5, 12, 12):  # the last time there is nothing new
+        record(tmp_path, parts[:count], **bound)
     assert len(list(tmp_path.glob("*.mcap"))) == 12
-    parts = read(tmp_path)
-    assert (held(parts), missed(parts)) == (held(flat(chunks)), set())
+    assert (held(read(tmp_path)), missed(read(tmp_path))) == (held(parts), set())
 
 
 def test_topics_that_are_left_out_for_a_while_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,6 +545,26 @@ def test_full_disk_is_waited_for_and_what_was_written_stays_readable(
     record(tmp_path, flat(chunks))
     assert next(left, None) is None
     assert readable[-1] == held(flat(chunks[:1]))
+    assert held(read(tmp_path)) == held(flat(chunks))
+
+
+def test_recorder_that_is_stopped_on_a_full_disk_says_so_and_the_next_goes_on(tmp_path: Path) -> None:
+    chunks = chunks_of(2)
+    path = write(tmp_path / NAME, chunks[:1], finish=False)
+    written, size = os.pwrite, path.stat().st_size
+
+    def pwrite(fd: int, data: bytes, at: int) -> int:
+        if at > size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(fd, data[:100], at)
+
+    with pytest.MonkeyPatch.context() as patch, Recorder(tmp_path, rotate_bytes=1 << 30) as at_work:
+        patch.setattr(os, "pwrite", pwrite)
+        at_work.stop()
+        with pytest.raises(OSError, match="No space left on device; what was reported can be read"):
+            asyncio.run(at_work.record(lambda start: Fixed(flat(chunks), start), "beginning"))
+    assert look(path).damage == []
+    record(tmp_path, flat(chunks))
     assert held(read(tmp_path)) == held(flat(chunks))
 
 
