@@ -1,12 +1,13 @@
 """One bus, as the cycle sees it: write units, receive units with the time of their arrival."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Generic, NamedTuple
 
 from drivers.clock import MonotonicNs
 from drivers.family import W
+from drivers.traffic import Traffic
 
 
 class Received(NamedTuple, Generic[W]):
@@ -28,6 +29,9 @@ class Trouble(StrEnum):
 
 class Bus(ABC, Generic[W]):
     """An open bus. Every call returns by its deadline; a bus that is gone raises BusError, from any call."""
+
+    tap: Callable[[Traffic], None] | None = None
+    """Told of everything on the wire, if there is one; it returns at once, and raises nothing."""
 
     def __init__(self) -> None:
         self.troubles: dict[Trouble, int] = {}  # how often, since it was opened

@@ -454,14 +454,21 @@ def _open_journal(config: Config, state: StateDir, left: Left | None) -> tuple[J
     return journal, left
 
 
-async def run_gateway(config: Config, ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None) -> None:
+async def run_gateway(
+    config: Config,
+    ready: Callable[[Gateway], Coroutine[Any, Any, None]] | None = None,
+    prepare: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:
     """Lock the state directory and run the arm's gateway until SIGINT or SIGTERM; ``ready`` runs beside it.
 
-    Raises StateDirError, JournalError, ConfigError or TopicMismatch for what only its user can mend.
+    ``prepare`` runs before, when the directory is locked. Raises StateDirError, JournalError, ConfigError or
+    TopicMismatch for what only its user can mend.
     """
     state = StateDir(config.arm.state_dir)
     with state.locked():
         left = None
+        if prepare:
+            await prepare()
         stop = _stop_signal()
         while not stop.is_set():
             try:

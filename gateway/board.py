@@ -105,6 +105,7 @@ class Board:
         self.kafka = "down" if config.kafka else "not used"
         self.kafka_detail = ""
         self.journal_detail = ""
+        self.motion = ""  # how far simulated motors are in a recording
         self.latches: Mapping[str, Latch] = {}  # of motors by name, and of the arm
 
     def update(self, records: Records) -> list[MotorView]:

@@ -33,7 +33,6 @@ RENEW_S = 2.0
 LAPSE_S = 10.0  # without a renewal a claim may be taken over
 TRUST_S = 7.0  # without a renewal its holder stops; the rest is for closing what is under way
 SETTLE_S = 0.3  # of two that find no claim at the same moment the one that wrote last has it
-RETRY_S = 0.1
 
 
 class ClaimLost(Exception):
@@ -159,16 +158,7 @@ class Claim:
 
     async def _read(self) -> _Holder | None:
         """Who has the claim; None: nobody. Raises TimeoutError."""
-        async with asyncio.timeout(kafka.ANSWER_S):
-            while True:
-                try:
-                    found = await self._clients.admin.list_consumer_group_offsets(self._group, partitions=[self._tp])
-                    if self._tp in found:  # else the group's coordinator is on its way to another broker
-                        return _holder(found[self._tp].metadata)
-                except KafkaError as error:
-                    if not error.retriable:
-                        raise
-                await asyncio.sleep(RETRY_S)
+        return _holder(await kafka.committed_metadata(self._clients.admin, self._group, self._tp))
 
     async def _write(self) -> None:
         began = monotonic_ns()
@@ -185,8 +175,8 @@ class Claim:
         )
 
 
-def _holder(metadata: str | None) -> _Holder | None:
+def _holder(metadata: str) -> _Holder | None:
     try:
-        return msgspec.json.decode(metadata or "", type=_Holder)
+        return msgspec.json.decode(metadata, type=_Holder)
     except msgspec.DecodeError:  # nobody, or given up
         return None

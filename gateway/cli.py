@@ -26,29 +26,39 @@ from drivers.family import Medium
 from gateway import client, live, log_reader, plans
 from gateway import config as configuration
 from gateway import scan as scanning
-from gateway.app import Gateway, run_gateway
+from gateway.bus_file import BusFileError
 from gateway.cli_command import command
 from gateway.cli_common import (
     FAILED,
     WRONG,
     ConfigFile,
+    FromKafkaOption,
+    FromOption,
     JsonOption,
     KafkaOption,
+    brokers,
     load_config,
     parse_start,
+    parse_topics,
     plain_console,
     print_json,
     to_json,
 )
-from gateway.config import Config, ConfigError
+from gateway.cli_export import export
+from gateway.cli_plot import plot
+from gateway.cli_record import record_command
+from gateway.cli_replay import replay_command
+from gateway.cli_run import run_shown
+from gateway.config import ConfigError
 from gateway.draft import draft
+from gateway.extras import ExtraMissing
 from gateway.journal import JournalError
-from gateway.journal_reader import JournalLog
 from gateway.kafka import TopicMismatch
-from gateway.kafka_reader import KafkaLog
 from gateway.log_reader import LogError, LogReader, Missed, Record
 from gateway.simulator import build_host
+from gateway.source import arm_log
 from gateway.state_dir import StateDir, StateDirError
+from gateway.tap import TapError
 
 DEMO = "simulated-arm.toml"
 
@@ -78,9 +88,11 @@ def main() -> None:
     live.quieten_libraries(logging.CRITICAL)  # what goes wrong is told by us, once
     try:
         app()
-    except (ConfigError, TopicMismatch, JournalError, LogError) as error:
+    except (ConfigError, TopicMismatch, JournalError, LogError, BusFileError) as error:
         _fail(str(error), WRONG)
-    except (StateDirError, DriverError, client.CommandError, KafkaError, OSError, sqlite3.Error) as error:
+    except (
+        StateDirError, DriverError, TapError, client.CommandError, KafkaError, ExtraMissing, OSError, sqlite3.Error,
+    ) as error:  # fmt: skip
         _fail(str(error) or type(error).__name__, FAILED)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -91,18 +103,12 @@ def _fail(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def config_file(name: str) -> Path:
-    """A file of ``config/``: beside the package in a checkout, inside it when installed."""
-    here = Path(__file__).parent
-    return next(path for path in (here / "data" / name, here.parent / "config" / name) if path.exists())
-
-
 @app.command()
 def demo(kafka: KafkaOption = None, verbose: VerboseOption = False) -> None:
     """Run a simulated six-motor arm with a live view; nothing to set up."""
-    path = config_file(DEMO)
+    path = configuration.shipped(DEMO)
     config = load_config(path, kafka)
-    _run(config, verbose=verbose)
+    run_shown(config, verbose=verbose)
     journal = StateDir(config.arm.state_dir).journal
     shown = path if not path.is_relative_to(Path.cwd()) else path.relative_to(Path.cwd())
     print(f"Kept in {journal}. Look at it with: servo-gateway tail {shown} --from beginning")
@@ -111,17 +117,7 @@ def demo(kafka: KafkaOption = None, verbose: VerboseOption = False) -> None:
 @app.command()
 def run(config: ConfigFile, kafka: KafkaOption = None, verbose: VerboseOption = False) -> None:
     """Run the gateway of an arm until Ctrl-C or SIGTERM."""
-    _run(load_config(config, kafka), verbose=verbose)
-
-
-def _run(config: Config, *, verbose: bool) -> None:
-    console = Console(stderr=not sys.stdout.isatty())
-
-    async def watch(gateway: Gateway) -> None:
-        await (live.table(gateway.board, console) if console.is_terminal else live.lines(gateway.board))
-
-    live.configure_logging(console, verbose=verbose)
-    asyncio.run(run_gateway(config, watch))
+    run_shown(load_config(config, kafka), verbose=verbose)
 
 
 @app.command()
@@ -134,6 +130,8 @@ def simulate(
 ) -> None:
     """Run only the simulated motors; DIR/<bus> leads to each bus's pseudo-terminal (slcan for a CAN bus)."""
     loaded = load_config(config)
+    if loaded.simulation and loaded.simulation.recording:
+        raise typer.BadParameter(f"{config}: simulation.recording is for run; here motors move by simulation.motion")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -370,34 +368,25 @@ def tail(
     config: ConfigFile,
     topic: Annotated[str, typer.Option(help=f"One of {', '.join(log_reader.TOPICS)}.")] = "telemetry",
     motor: Annotated[str | None, typer.Option(help="Only this motor.")] = None,
-    start: Annotated[
-        str, typer.Option("--from", metavar="beginning|latest|SEQ|TIME", help="Where to begin; TIME is ISO 8601.")
-    ] = "latest",
+    start: FromOption = "latest",
     reader: Annotated[
         str | None, typer.Option(metavar="NAME", help="Go on where the reader of this name left off.")
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Stop after so many records.")] = None,
     follow: Annotated[bool, typer.Option(help="Wait for more at the end of the log.")] = True,
     kafka: KafkaOption = None,
-    from_kafka: Annotated[
-        bool, typer.Option("--from-kafka", help="Read the topics in Kafka, not the journal.")
-    ] = False,
+    from_kafka: FromKafkaOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print records of the log as they come: telemetry, events, outcomes, or (in Kafka) commands."""
     loaded = load_config(config, kafka)
-    if topic not in log_reader.TOPICS:
-        raise typer.BadParameter(f"--topic {topic}: must be one of {', '.join(log_reader.TOPICS)}")
+    topics = parse_topics([topic])
     if motor is not None and motor not in {m.name for m in loaded.motors}:
         raise typer.BadParameter(f"--motor {motor}: there are {', '.join(m.name for m in loaded.motors)}")
     if (from_kafka or kafka) and loaded.kafka is None:
         raise typer.BadParameter(f"--from-kafka: {config} has no [kafka]; name a broker with --kafka HOST:PORT")
-    where = parse_start(start)
-    log: LogReader
-    if from_kafka or kafka:
-        log = KafkaLog(loaded, [topic], where, follow=follow, name=reader)
-    else:
-        log = JournalLog(StateDir(loaded.arm.state_dir), [topic], where, follow=follow, name=reader)
+    at = brokers(kafka, from_kafka=from_kafka)
+    log = arm_log(loaded, topics, parse_start(start), follow=follow, name=reader, kafka=at)
     asyncio.run(_print_records(log, motor, count, named=reader is not None, as_json=as_json))
 
 
@@ -448,6 +437,10 @@ def _short(value: object) -> str:
 
 
 app.command(context_settings={"ignore_unknown_options": True})(command)  # a negative VALUE is no option
+app.command()(export)
+app.command()(plot)
+app.command("record")(record_command)
+app.command("replay")(replay_command)
 
 
 if __name__ == "__main__":

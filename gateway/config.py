@@ -36,7 +36,8 @@ from gateway.toml_lines import Steps, find_lines
 
 __all__ = [
     "Arm", "Bus", "CanBus", "CommandKey", "Commands", "Config", "ConfigError", "Fault", "Journal", "Kafka", "Motor",
-    "SerialBus", "Simulation", "Table", "Topic", "load", "loads", "options_model", "with_kafka",
+    "SerialBus", "Simulation", "Table", "Topic", "kafka_at", "load", "loads",
+    "options_model", "topic_name", "with_kafka",
 ]  # fmt: skip
 
 Topic = Literal["telemetry", "events", "outcomes", "commands"]
@@ -355,6 +356,8 @@ class Simulation(Table):
 
     motion: Literal["wave", "still"] = "wave"
     """What motors do before the first command: swing slowly, or hold still."""
+    recording: LocalPath | None = None
+    """In place of that, a log of another arm whose motion they live through: .mcap, a directory, a journal.db."""
     enabled: bool = True
     """Motors power up with their torque on."""
     wire_time: bool = False
@@ -391,10 +394,21 @@ class Config(Table):
 
     def topic(self, topic: Topic) -> str:
         """The Kafka name of one of the arm's topics."""
-        return f"servo.{self.arm.name}.{topic}"
+        return topic_name(self.arm.name, topic)
+
+
+def topic_name(arm: str, topic: Topic) -> str:
+    """The Kafka name of one of an arm's topics."""
+    return f"servo.{arm}.{topic}"
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def shipped(name: str) -> Path:
+    """A file of ``config/``: beside the package in a checkout, inside it when installed."""
+    here = Path(__file__).parent
+    return next(path for path in (here / "data" / name, here.parent / "config" / name) if path.exists())
 
 
 def load(path: str | Path) -> Config:
@@ -434,15 +448,20 @@ def with_kafka(config: Config, bootstrap_servers: Sequence[str]) -> Config:
 
     Raises ConfigError for a server that is not host:port.
     """
-    table = {"bootstrap_servers": list(bootstrap_servers)}
-    try:
-        kafka = Kafka.model_validate(table)
-    except ValidationError as error:
-        raw = {"kafka": table}
-        raise ConfigError("--kafka", make_faults(explain(error, raw, _known, ("kafka",)), raw, {})) from None
+    kafka = kafka_at(bootstrap_servers)
     if config.kafka is not None:
         kafka = config.kafka.model_copy(update={"bootstrap_servers": kafka.bootstrap_servers})
     return config.model_copy(update={"kafka": kafka})
+
+
+def kafka_at(bootstrap_servers: Sequence[str]) -> Kafka:
+    """[kafka] with these servers and its defaults. Raises ConfigError for a server that is not host:port."""
+    table = {"bootstrap_servers": list(bootstrap_servers)}
+    try:
+        return Kafka.model_validate(table)
+    except ValidationError as error:
+        raw = {"kafka": table}
+        raise ConfigError("--kafka", make_faults(explain(error, raw, _known, ("kafka",)), raw, {})) from None
 
 
 _TABLES: dict[str, type[Table]] = {

@@ -153,6 +153,14 @@ class Changes:
     save_heads: bool = False
 
 
+class Replayed(NamedTuple):
+    """What marks a journal as a replay: the stream that it repeats, whose it was, and when the replay began."""
+
+    stream: int
+    source: str
+    at_ns: int
+
+
 class Lost(NamedTuple):
     """Records that are gone: sequence numbers from..to of a partition."""
 
@@ -178,21 +186,23 @@ class Trim(NamedTuple):
 class Journal:
     """The writer's side."""
 
-    def __init__(self, path: Path, arm: str, motors: Mapping[int, str], max_bytes: int) -> None:
-        """Open or create. Raises JournalError if it belongs to another arm or its motors sit on other partitions.
+    def __init__(
+        self, path: Path, arm: str, motors: Mapping[int, str], max_bytes: int, replayed: Replayed | None = None
+    ) -> None:
+        """Open or create. Raises JournalError if it belongs to another arm or its motors sit on other partitions, and
+        if it is a replay's and ``replayed`` is None, or the other way round.
 
         Raises JournalBroken for a file that SQLite cannot make sense of; the file is left as it is.
         """
         self.max_bytes = max_bytes
         self.path = path
         try:
-            self.db = self._open(path, arm)
+            self.db = self._open(path, arm, replayed)
             self._identity = identity(path)
             with contextlib.ExitStack() as undo:
                 undo.callback(self.db.close)
                 self.stream = int.from_bytes(self._one("SELECT stream FROM stream"), "little")
-                self._check_motors(motors)
-                self.motors = dict(self.db.execute("SELECT partition, name FROM motors"))
+                self.add_motors(motors)
                 self._recover(motors)
                 undo.pop_all()
         except sqlite3.Error as error:
@@ -200,7 +210,7 @@ class Journal:
                 raise JournalBroken(str(error)) from error
             raise JournalError(f"journal {path}: {error}") from error
 
-    def _open(self, path: Path, arm: str) -> sqlite3.Connection:
+    def _open(self, path: Path, arm: str, replayed: Replayed | None) -> sqlite3.Connection:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
         with contextlib.ExitStack() as undo:
             undo.callback(db.close)
@@ -210,7 +220,7 @@ class Journal:
             db.execute(f"PRAGMA journal_size_limit = {16 << 20}")
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if not version:
-                self._create(db, arm)
+                self._create(db, arm, replayed)
             elif version == 1:
                 db.executescript(f"BEGIN IMMEDIATE; {_SINCE_2}; PRAGMA user_version = {VERSION}; COMMIT")
             found = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
@@ -219,14 +229,20 @@ class Journal:
             holder = db.execute("SELECT arm FROM stream").fetchone()[0]
             if holder != arm:
                 raise JournalError(f"journal {path}: belongs to arm {holder!r}, not {arm!r}: use another state_dir")
+            if (replayed_from(db) is None) != (replayed is None):
+                what = "that of a gateway" if replayed else "a replay, which no gateway goes on with"
+                raise JournalError(f"journal {path}: is {what}: use another state_dir")
             undo.pop_all()
         return db
 
     @staticmethod
-    def _create(db: sqlite3.Connection, arm: str) -> None:
-        stream = secrets.randbits(53).to_bytes(8, "little")  # 53 bits: whole in every JSON reader
+    def _create(db: sqlite3.Connection, arm: str, replayed: Replayed | None) -> None:
+        stream = replayed.stream if replayed else secrets.randbits(53)  # 53 bits: whole in every JSON reader
         db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA}{_SINCE_2}")
-        db.execute("INSERT INTO stream VALUES (0, ?, ?)", (stream, arm))
+        db.execute("INSERT INTO stream VALUES (0, ?, ?)", (stream.to_bytes(8, "little"), arm))
+        if replayed:
+            db.execute("CREATE TABLE replayed (source TEXT NOT NULL, at_ns INTEGER NOT NULL)")
+            db.execute("INSERT INTO replayed VALUES (?, ?)", replayed[1:])
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {VERSION}")
         db.execute("COMMIT")
@@ -234,7 +250,8 @@ class Journal:
     def _one(self, sql: str, *values: object) -> Any:
         return self.db.execute(sql, values).fetchone()[0]
 
-    def _check_motors(self, motors: Mapping[int, str]) -> None:
+    def add_motors(self, motors: Mapping[int, str]) -> None:
+        """Know these motors too, {partition: name}. Raises JournalError if one sits elsewhere already."""
         known: dict[int, str] = dict(self.db.execute("SELECT partition, name FROM motors"))
         moved = [
             f"partition {partition} belongs to {known[partition]!r}, not {name!r}"
@@ -253,6 +270,7 @@ class Journal:
             )
         if fresh := {partition: name for partition, name in motors.items() if partition not in known}:
             self.db.executemany("INSERT INTO motors VALUES (?, ?)", fresh.items())
+        self.motors = known | fresh
 
     def _recover(self, motors: Mapping[int, str]) -> None:
         """Where the numbers go on: of rows, of entries, of each motor, of each (topic, partition)."""
@@ -646,6 +664,13 @@ def newest_entries(db: sqlite3.Connection) -> dict[tuple[str, int], int]:
             partition = _first(db, "SELECT min(partition) FROM entries WHERE topic = ? AND partition > ?", *at)
         topic = _first(db, "SELECT min(topic) FROM entries WHERE topic > ?", topic)
     return found
+
+
+def replayed_from(db: sqlite3.Connection) -> str | None:
+    """The arm whose log this journal repeats; None for that of a gateway."""
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'replayed'").fetchone():
+        return None
+    return str(db.execute("SELECT source FROM replayed").fetchone()[0])
 
 
 def _first(db: sqlite3.Connection, sql: str, *values: object) -> Any:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gateway.aside import set_aside_before
 from gateway.cursor import Cursor
-from gateway.journal import BUSY_S, identity, is_broken, newest_entries, read_rows
+from gateway.journal import BUSY_S, identity, is_broken, newest_entries, read_rows, replayed_from
 from gateway.log_reader import (
     Entries,
     Key,
@@ -72,8 +72,9 @@ class JournalFile:
                     f"file:{path}?mode=ro", uri=True, check_same_thread=False, timeout=BUSY_S, isolation_level=None
                 )
                 undo.callback(self._db.close)
-                (stream,) = self._db.execute("SELECT stream FROM stream").fetchone()
+                stream, self.arm = self._db.execute("SELECT stream, arm FROM stream").fetchone()
                 self.stream = int.from_bytes(stream, "little")
+                self.replayed = replayed_from(self._db)
                 self.read_motors()
             except sqlite3.Error as error:
                 raise LogError(f"journal {path}: {error}") from error
@@ -193,17 +194,26 @@ class JournalFile:
 
 
 class JournalLog(LogReader):
-    """Reads the journal in a state directory; positions are kept in its ``cursors/``."""
+    """Reads the journal in a state directory; positions are kept in its ``cursors/``. Or one journal file alone."""
 
     def __init__(
-        self, state: StateDir, topics: Sequence[Topic], start: Start = "end", *, follow: bool, name: str | None = None
+        self,
+        place: StateDir | Path,
+        topics: Sequence[Topic],
+        start: Start = "end",
+        *,
+        follow: bool,
+        name: str | None = None,
     ) -> None:
         """Raises LogError for the commands topic, which the journal has not, and for a name that cannot be one."""
         super().__init__(topics, start, follow=follow, name=name)
         if "commands" in topics:
             raise LogError("the journal keeps no commands: read them from Kafka")
-        self._path = state.journal
-        self._cursors = state.path / "cursors"
+        self._alone = isinstance(place, Path)
+        if isinstance(place, Path) and name is not None:
+            raise LogError(f"reader {name!r}: a journal file alone keeps no positions; name the arm's configuration")
+        self._path = place if isinstance(place, Path) else place.journal
+        self._cursors = self._path.parent / "cursors"
         self._cursor: Cursor | None = None
         # alone uses the file, also after a read was cancelled
         self._thread = ThreadPoolExecutor(1, "journal-reader")
@@ -245,9 +255,8 @@ class JournalLog(LogReader):
 
     def _begin(self) -> None:
         given = self._given()
-        self._file, gone = _open_first(
-            [*set_aside_before(self._path), self._path], {position.stream for position in given.values()}
-        )
+        journals = [self._path] if self._alone else journal_files(self._path)
+        self._file, gone = _open_first(journals, {position.stream for position in given.values()})
         file = self._file
         self._position = {key: at for key, at in given.items() if at.stream not in gone}
         self._due = set(self._position)
@@ -296,7 +305,9 @@ class JournalLog(LogReader):
         if self._file and self._file is not file:
             self._file.close()
         self._file, self._row, self._entry = file, min(rows), min(entries)
+        self.arm = file.arm
         self._end = None if self._follow else ends
+        self._ends = {} if self._follow else {key: at for key, at in ends.offsets.items() if key[0] in self._topics}
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -391,9 +402,9 @@ class JournalLog(LogReader):
 
     def _successor(self, file: JournalFile) -> list[Path]:
         """Where the log goes on if ``file`` was set aside: the next that can be read is the one."""
-        if identity(self._path) in {file.identity, None}:
+        if self._alone or identity(self._path) in {file.identity, None}:
             return []
-        journals = [*set_aside_before(self._path), self._path]
+        journals = journal_files(self._path)
         identities = [identity(path) for path in journals]
         return journals[identities.index(file.identity) + 1 :] if file.identity in identities else [self._path]
 
@@ -417,6 +428,11 @@ class JournalLog(LogReader):
         for key, at in unread.items():
             if at.stream != self._file.stream:
                 self._parts.append(Missed(*key, at.stream, at.offset, None, why, began))
+
+
+def journal_files(path: Path) -> list[Path]:
+    """The journal and those set aside before it, oldest first."""
+    return [*set_aside_before(path), path]
 
 
 def _open_first(paths: Sequence[Path], streams: Collection[int]) -> tuple[JournalFile, set[int]]:

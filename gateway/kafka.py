@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
@@ -12,13 +12,15 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, ProducerClosed, TopicAlreadyExistsError, for_code
 from aiokafka.helpers import create_ssl_context
 
-from gateway.config import Config, ConfigError, Fault, Kafka
+from gateway.config import Config, ConfigError, Fault, Kafka, Topic, topic_name
 
 log = logging.getLogger(__name__)
 
 STOP_S = 0.5  # a client's stop() can hang while its broker is down; the gateway has five seconds for all of its own
 ANSWER_S = 10.0
+RETRY_S = 0.1
 SEQ_HEADER = "servo-seq"  # stream and seq of a record whose value has no place for them
+REPLAYED_HEADER = "servo-replayed"  # the arm of whose log a record is a replay
 
 
 class TopicMismatch(Exception):
@@ -117,13 +119,19 @@ async def ensure_topics(config: Config) -> str:
     Raises TopicMismatch if a topic has too few partitions.
     """
     assert config.kafka is not None  # noqa: S101  callers have a broker
+    topics: tuple[Topic, ...] = ("telemetry", "events", "outcomes", "commands")
     needed = 1 + max(motor.partition for motor in config.motors)
-    names = [config.topic(topic) for topic in ("telemetry", "events", "outcomes", "commands")]
-    async with admin(config.kafka) as client:
+    return await ensure_partitions(config.kafka, config.arm.name, topics, needed)
+
+
+async def ensure_partitions(settings: Kafka, arm: str, topics: Sequence[Topic], needed: int) -> str:
+    """As ``ensure_topics``, for some topics of an arm that need so many partitions."""
+    names = [topic_name(arm, topic) for topic in topics]
+    async with admin(settings) as client:
         missing = set(names) - set(await client.list_topics())
         if missing:
             # an empty assignment makes aiokafka pass on -1, the broker's own default, which it refuses otherwise
-            factor = config.kafka.replication_factor
+            factor = settings.replication_factor
             new = [NewTopic(name, needed, factor, {} if factor == -1 else None) for name in sorted(missing)]
             for name, code, *message in (await client.create_topics(new)).topic_errors:
                 if code and for_code(code) is not TopicAlreadyExistsError:
@@ -132,7 +140,7 @@ async def ensure_topics(config: Config) -> str:
         for topic in await client.describe_topics(names):
             if (found := len(topic["partitions"])) and found < needed:
                 raise TopicMismatch(
-                    f"topic {topic['topic']} has {found} partitions, but the motors of arm {config.arm.name!r} use "
+                    f"topic {topic['topic']} has {found} partitions, but the motors of arm {arm!r} use "
                     f"0..{needed - 1}: add partitions (kafka-topics --alter --topic {topic['topic']} "
                     f"--partitions {needed}) or give the motors partitions below {found}"
                 )
@@ -159,6 +167,20 @@ async def partitions_of(kafka: Kafka, topic: str) -> list[TopicPartition]:
             described = await client.describe_topics([topic])
             return [TopicPartition(topic, number) for number in range(len(described[0]["partitions"]))]
     raise TopicMismatch(f"there is no topic {topic} (has the gateway been connected to this broker?)")
+
+
+async def committed_metadata(client: AIOKafkaAdminClient, group: str, tp: TopicPartition) -> str:
+    """What was committed with an offset of this group; empty: nothing. Raises TimeoutError."""
+    async with asyncio.timeout(ANSWER_S):
+        while True:
+            try:
+                found = await client.list_consumer_group_offsets(group, partitions=[tp])
+                if tp in found:  # else the group's coordinator is on its way to another broker
+                    return found[tp].metadata or ""
+            except KafkaError as error:
+                if not error.retriable:
+                    raise
+            await asyncio.sleep(RETRY_S)
 
 
 async def last_records(

@@ -59,6 +59,7 @@ class KafkaLog(LogReader):
         super().__init__(topics, start, follow=follow, name=name)
         assert config.kafka is not None  # noqa: S101  callers have a broker
         self._settings = config.kafka
+        self.arm = config.arm.name
         self._names = {config.topic(topic): topic for topic in topics}
         self._group = f"servo.{config.arm.name}.{name}" if name is not None else None
         self._floor: dict[TopicPartition, int] = {}  # a sequence number asked for that is still to come
@@ -81,6 +82,7 @@ class KafkaLog(LogReader):
             await kafka.assign(self._consumer, positions)
             if not self._follow:
                 self._end = ends
+                self._ends = {self._key(tp): end for tp, end in ends.items()}
             self._undo = undo.pop_all()
         return self
 

@@ -112,6 +112,8 @@ def _footer(board: Board) -> list[Text]:
     footer.append(
         Text(f"journal {board.journal} {board.journal_detail}", "bold red" if board.journal_detail else "dim")
     )
+    if board.motion:
+        footer.append(Text(f"recording {board.motion}"))
     if board.kafka != "not used":
         style = "green" if board.kafka == "up" else "bold red"
         footer.append(Text(f"kafka {board.kafka} {board.kafka_detail}", style))

@@ -128,6 +128,9 @@ class LogReader(ABC):
     when it was entered. Entering raises LogError.
     """
 
+    arm: str
+    """Whose log it is; known once the reader is entered."""
+
     def __init__(self, topics: Sequence[Topic], start: Start, *, follow: bool, name: str | None) -> None:
         if name is not None and (not _NAME.fullmatch(name) or name in _RESERVED):
             raise LogError(f"reader {name!r}: must be 1 to 64 letters, digits, '.', '_' or '-', and not 'gateway'")
@@ -137,6 +140,7 @@ class LogReader(ABC):
         self._name = name
         self._parts: deque[Part] = deque()
         self._position: dict[Key, Position] = {}
+        self._ends: dict[Key, int] = {}  # the next offset of each partition, where reading does not follow
         self._due: set[Key] = (
             set()
         )  # what does not come at its position was missed; elsewhere it begins with what is there
@@ -165,6 +169,15 @@ class LogReader(ABC):
     def positions(self) -> dict[Key, Position]:
         """Behind what was handed out so far; kept beside a reader's own output, they are a ``start``."""
         return dict(self._position)
+
+    def partitions(self) -> set[Key]:
+        """Those that are known to have records; of a recording that others made, none until they come."""
+        return {*self._position, *self._ends}
+
+    def left(self) -> int | None:
+        """About how many records are still to come; None where nobody can tell."""
+        at = {key: position.offset for key, position in self._position.items()}
+        return sum(max(0, end - at.get(key, 0)) for key, end in self._ends.items()) if self._ends else None
 
     def __aiter__(self) -> Self:
         return self

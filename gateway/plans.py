@@ -9,6 +9,7 @@ from drivers.cycle import Timing
 from drivers.sim.build import SimulationSettings
 from gateway.config import CanBus, Config, SerialBus, Simulation
 from gateway.simulator import SimulatedBusPlan
+from gateway.state_dir import StateDir
 from gateway.worker import Plan
 
 VIRTUAL = "virtual"
@@ -35,7 +36,8 @@ def _worker_plan(config: Config, bus: CanBus | SerialBus, links: Path) -> Plan:
     motors = tuple(replace(motor.driven(), watchdog_ns=watchdog_ns) for motor in config.motors_on(bus.name))
     hosted = config.simulation is not None and _is_virtual(bus)
     simulated = _simulated_bus(config, bus, links, pty=False) if hosted else None
-    return Plan(_bus_spec(config, bus, links), motors, timing, config.arm.realtime, simulated)
+    tap = StateDir(config.arm.state_dir).taps / bus.name
+    return Plan(_bus_spec(config, bus, links), motors, timing, config.arm.realtime, simulated, tap)
 
 
 def _bus_spec(config: Config, bus: CanBus | SerialBus, links: Path) -> BusSpec:
@@ -68,6 +70,8 @@ def _simulated_bus(config: Config, bus: CanBus | SerialBus, links: Path, *, pty:
     """The bus with its motors; behind a pseudo-terminal if ``pty``, or if there is no other way to it."""
     simulation = config.simulation or Simulation()
     here = config.motors_on(bus.name)
+    motion = StateDir(config.arm.state_dir).motion if simulation.recording else None
+    traces = {motor.partition: motion / f"{motor.partition}.trace" for motor in here} if motion else {}
     host, where, options = "slcan", str(links / bus.name), {}
     if isinstance(bus, SerialBus):
         host = "serial"
@@ -80,10 +84,12 @@ def _simulated_bus(config: Config, bus: CanBus | SerialBus, links: Path, *, pty:
         where=where,
         motors=tuple(motor.driven() for motor in here),
         settings=SimulationSettings(
-            motion=simulation.motion,
+            motion="still" if motion else simulation.motion,
             enabled=simulation.enabled,
             position_rad={motor.partition: motor.position_rad for motor in here},
             velocity_rad_s={motor.partition: motor.velocity_rad_s for motor in here},
+            traces={partition: trace for partition, trace in traces.items() if trace.exists()},
+            playhead=motion / "playhead" if motion else None,
             bits_per_s=_bits_per_s(bus) if simulation.wire_time else 0,
             turnaround_ns=round(simulation.turnaround_us * 1000),
             seed=simulation.seed,

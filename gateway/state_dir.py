@@ -10,6 +10,8 @@ status.json   rewritten every second
 reserve       a little of the disk, given back when a new journal has to begin while the rest is full
 owner         who this is to gateways on other machines (gateway.claim)
 sim/          links to the pseudo-terminals of simulated motors
+motion/       what simulated motors live through (gateway.motion)
+taps/         sockets of those who record raw traffic, by bus (gateway.tap)
 """
 
 import contextlib
@@ -40,6 +42,8 @@ class StateDir:
         self.latches = path / "estop.json"
         self.status = path / "status.json"
         self.simulated = path / "sim"
+        self.motion = path / "motion"
+        self.taps = path / "taps"
         self._lock = path / "lock"
         self._reserve = path / "reserve"
 

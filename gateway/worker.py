@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from drivers import protocols
@@ -28,6 +29,7 @@ from drivers.notices import BusDown, BusTrouble, BusUp, CycleStats
 from gateway.link import WorkerEnd
 from gateway.realtime import set_realtime
 from gateway.simulator import SimulatedBusPlan, build_host
+from gateway.tap import Tap
 
 RETRY_FIRST_NS = 100 * MS
 RETRY_MOST_NS = 2 * SECOND
@@ -38,13 +40,17 @@ REALTIME_PRIORITY = 20
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything a worker needs to know. ``simulation``: motors to host on a virtual CAN bus in this process."""
+    """Everything a worker needs to know. ``simulation``: motors to host on a virtual CAN bus in this process.
+
+    ``tap``: where a recorder of the bus's traffic is found, if there is one.
+    """
 
     bus: BusSpec
     motors: tuple[Motor, ...]
     timing: Timing
     realtime: bool
     simulation: SimulatedBusPlan | None = None
+    tap: Path | None = None
 
 
 class GatewayGone(Exception):
@@ -76,6 +82,7 @@ class Worker:
         self._plan = plan
         self._link = link
         self._cycle: Cycle[Any] = Cycle(families(plan.motors), plan.timing)
+        self._tap = Tap(plan.tap)
         self._late_ns: list[int] = []
         self._cycles = 0
         self._skipped = 0
@@ -103,6 +110,7 @@ class Worker:
         bus = open_bus(self._plan.bus)
         try:
             self._cycle.attach(bus)
+            self._tap.attach(bus)
             self._down = False
             self._link.send_notice(BusUp())
             troubles = Troubles(bus)
@@ -110,6 +118,7 @@ class Worker:
                 self._run_cycles(troubles)
             finally:
                 self._tell(troubles)  # what led to the end
+                self._tap.flush()
         finally:
             bus.close()
 
@@ -122,10 +131,12 @@ class Worker:
             self._cycles += 1
             self._link.send_samples(self._cycle.poll(start))
             self._send_notices()
+            self._tap.flush()
             self._work_until(after(start, period_ns))
             self._tell(troubles)
             if start >= stats_at:
                 self._send_stats()
+                self._tap.look()
                 stats_at = after(stats_at, SECOND)
             start = after(start, period_ns)
             if (behind := monotonic_ns() - start) > period_ns:  # never a burst to catch up

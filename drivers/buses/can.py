@@ -18,12 +18,14 @@ from drivers.buses.slcan import SlcanReader
 from drivers.clock import MS, SECOND, MonotonicNs, after, epoch_ns, left_s, monotonic_ns, sleep_until
 from drivers.errors import BusError, BusMisconfigured
 from drivers.family import CanFrame
+from drivers.traffic import Mark, Traffic, from_message
 
 if TYPE_CHECKING:
     from can.interfaces.slcan import slcanBus
 
 _FOREIGN = (can.CanError, OSError, termios.error)
 _TX_FULL_NS = MS // 4  # two frames of 1 Mbit/s
+_SENT = (int(Mark.SENT), int(Mark.SENT | Mark.EXTENDED))
 _MOST_OWN = 1000  # frames that may still come back
 _MOST_PASSED_OVER = 1000  # of what is no frame, once the deadline has passed: a broken bus reports errors without end
 
@@ -65,6 +67,8 @@ class CanBus(Bus[CanFrame]):
         message = can.Message(arbitration_id=frame.can_id, data=frame.data, is_extended_id=frame.extended)
         if self._own is not None:
             self._own.append(frame)
+        if self.tap:
+            self.tap(Traffic(monotonic_ns(), _SENT[frame.extended], frame.can_id, frame.data))
         waits = False
         while left := left_s(deadline):  # without time, python-can's slcan drops what is not taken, and says nothing
             try:
@@ -92,22 +96,25 @@ class CanBus(Bus[CanFrame]):
                 raise self._failed("receiving", error) from error
             if message is None:
                 return None
-            at_ns = monotonic_ns()
             if isinstance(message, str):
                 self.note(Trouble.GARBAGE, message)
-            elif message.is_error_frame:
-                self._take_error(message)
-            elif message.is_remote_frame:
                 continue
-            elif len(message.data) > 8:
-                self.note(Trouble.LONG_FRAME, f"{message.arbitration_id:03X} with {len(message.data)} bytes")
-            else:
-                frame = CanFrame(message.arbitration_id, bytes(message.data), message.is_extended_id)
-                if self._own and frame in self._own:
-                    self._own.remove(frame)
-                    self.note(Trouble.ECHO, "the interface gives back what is sent; it is passed over")
-                    continue
-                return Received(frame, self._arrival(message, at_ns))
+            at_ns = self._arrival(message, monotonic_ns())
+            frame = CanFrame(message.arbitration_id, bytes(message.data), message.is_extended_id)
+            is_data = not message.is_error_frame and not message.is_remote_frame
+            if self._own and is_data and frame in self._own:
+                self._own.remove(frame)
+                self.note(Trouble.ECHO, "the interface gives back what is sent; it is passed over")
+                continue
+            if self.tap:
+                message.is_rx = True  # SocketCAN says no of what other programs of this machine sent
+                self.tap(from_message(message, at_ns))
+            if message.is_error_frame:
+                self._take_error(message)
+            elif len(frame.data) > 8:
+                self.note(Trouble.LONG_FRAME, f"{message.arbitration_id:03X} with {len(frame.data)} bytes")
+            elif is_data:
+                return Received(frame, at_ns)
         return None
 
     def _arrival(self, message: can.Message, at_ns: MonotonicNs) -> MonotonicNs:

@@ -17,6 +17,7 @@ from drivers.buses import Rs485, SerialSpec
 from drivers.buses.echo import EchoFilter
 from drivers.clock import MonotonicNs, left_s, monotonic_ns
 from drivers.errors import BusError, BusMisconfigured
+from drivers.traffic import Mark, Traffic
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,10 @@ class SerialBus(Bus[bytes]):
     def send(self, units: Sequence[bytes], deadline: MonotonicNs) -> None:
         self._check()
         written = b"".join(units)
-        self._echo.sent(written, monotonic_ns())
+        now = monotonic_ns()
+        self._echo.sent(written, now)
+        if self.tap:
+            self.tap(Traffic(now, Mark.SENT, 0, written))
         data = memoryview(written)
         while data:
             try:
@@ -85,6 +89,8 @@ class SerialBus(Bus[bytes]):
             if times := self._echo.echoes - before:
                 self.note(Trouble.ECHO, "the adapter gives back what is sent; it is taken off", times)
             if heard:
+                if self.tap:
+                    self.tap(Traffic(at_ns, 0, 0, heard))
                 return Received(heard, at_ns)
         return None
 

@@ -4,9 +4,6 @@ Each host is one thread that alone drives its ``SimulatedBus``: units in, replie
 kept up to date in between. Everything is bounded: a client that does not read loses replies, as on a wire.
 """
 
-import os
-import select
-import tty
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +21,7 @@ from drivers.clock import MS, SECOND, MonotonicNs, after, left_s, monotonic_ns
 from drivers.family import CanFrame, W
 from drivers.sim.bus import CanError, SimulatedBus
 from drivers.sim.slcan import SlcanAdapter
+from drivers.sim.terminal import Terminal
 
 _TICK_NS = 20 * MS
 _MOST_WAITING = 10_000  # replies that are not due yet; more than this only a flood with a long delay makes
@@ -136,65 +134,10 @@ class Host(ABC, Generic[W]):
         """Send, or lose; never wait."""
 
 
-class _Pty:
-    """A raw pseudo-terminal that stays while clients come and go, under a symbolic link if one is wanted."""
-
-    def __init__(self, link: Path | None) -> None:
-        # the client's end is held open here too: otherwise the terminal hangs up when a client closes it
-        self._fd, self._held = os.openpty()
-        tty.setraw(self._held)
-        os.set_blocking(self._fd, False)
-        self.name = os.ttyname(self._held)
-        self._link = link
-        self._rest = b""  # of a write that the terminal took in part
-        if link is not None:
-            try:
-                _replace_link(link, self.name)
-            except OSError:
-                self.close()
-                raise
-
-    def close(self) -> None:
-        """Remove the link, unless it is another host's by now, and hang up."""
-        if self._link is not None:
-            with suppress(OSError):
-                if self._link.readlink() == Path(self.name):
-                    self._link.unlink()
-        os.close(self._fd)
-        os.close(self._held)
-
-    def read(self, timeout_s: float) -> bytes:
-        """What clients wrote, as soon as there is any; nothing after ``timeout_s``."""
-        readable, writable, _ = select.select([self._fd], [self._fd] if self._rest else [], [], timeout_s)
-        if writable:
-            rest, self._rest = self._rest, b""
-            self.write(rest)
-        with suppress(BlockingIOError):
-            return os.read(self._fd, _CHUNK) if readable else b""
-        return b""
-
-    def write(self, unit: bytes) -> None:
-        """Write all of a unit, or lose all of it: half a line would spoil the next one too."""
-        if self._rest:
-            return
-        with suppress(BlockingIOError):
-            self._rest = unit[os.write(self._fd, unit) :]
-
-
-def _replace_link(link: Path, target: str) -> None:
-    """Make ``link`` lead to ``target`` in one step, whatever link was there before."""
-    if link.exists() and not link.is_symlink():
-        raise FileExistsError(f"{link} exists and is no symbolic link")
-    fresh = link.with_name(f".{link.name}.{os.getpid()}")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.replace(link)
-
-
 class _PtyHost(Host[W]):
     """Motors behind a pseudo-terminal, and under ``link`` if given."""
 
-    _pty: _Pty
+    _pty: Terminal
 
     def __init__(
         self, bus: SimulatedBus[W], link: Path | None = None, housekeeping: Callable[[], None] = _nothing
@@ -208,7 +151,7 @@ class _PtyHost(Host[W]):
         return self._pty.name
 
     def _open(self) -> None:
-        self._pty = _Pty(self._link)
+        self._pty = Terminal(self._link)
 
     def _close(self) -> None:
         self._pty.close()

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from math import copysign, pi, sin, sqrt
+from math import copysign, isfinite, pi, sin, sqrt
+
+from drivers.sim.trace import Trace
 
 Motion = Callable[[float], float]
 """A path in time: seconds since its start -> rad."""
@@ -43,11 +45,11 @@ class Servo:
     """State and goals of one servo. A client's order sets ``enabled`` and a goal; ``step`` does the rest.
 
     Until its first order it may follow ``motion``, as if another master had set it going, so that a demonstration
-    has something to show. ``take_over`` ends that.
+    has something to show; or a trace, which leaves nothing to its physics. ``take_over`` ends that.
     """
 
     limits: ServoLimits = field(default_factory=ServoLimits)
-    motion: Motion | None = None
+    motion: Motion | Trace | None = None
     enabled: bool = False
     position_rad: float = 0.0
     velocity_rad_s: float = 0.0
@@ -118,10 +120,21 @@ class Servo:
         self.goal_torque_nm = torque_nm
 
     def step(self, dt_s: float) -> None:
-        """Advance by ``dt_s``, in slices of at most a millisecond."""
+        """Advance by ``dt_s``, in slices of at most a millisecond. A trace brings a time of its own."""
+        if isinstance(self.motion, Trace):
+            self._live_through(self.motion)
+            return
         slices = max(1, round(dt_s / 0.001))
         for _ in range(slices):
             self._slice(dt_s / slices)
+
+    def _live_through(self, trace: Trace) -> None:
+        _, self.position_rad, self.velocity_rad_s, temperature_c, voltage_v, current_a, torque_nm = trace.now().item()
+        if not isfinite(torque_nm):  # a motor tells its current or its torque
+            torque_nm = current_a * self.limits.nm_per_a
+        self.torque_nm = torque_nm if isfinite(torque_nm) else 0.0
+        self.temperature_c = temperature_c if isfinite(temperature_c) else self.temperature_c
+        self.voltage_v = voltage_v if isfinite(voltage_v) else self.voltage_v
 
     def _slice(self, dt_s: float) -> None:
         limits = self.limits
@@ -146,7 +159,7 @@ class Servo:
         """The velocity that the loop wants now (rad/s), and how fast it may change (rad/s2)."""
         limits = self.limits
         fastest = limits.velocity_rad_s
-        if self.motion is not None:
+        if self.motion is not None and not isinstance(self.motion, Trace):
             return self._approach(self.motion(self.time_s), fastest, dt_s), limits.acceleration_rad_s2
         match self.drive:
             case Drive.POSITION:

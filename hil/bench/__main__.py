@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hil.bench import commands, cycle, event_cost, gateway_cpu, report, restart, wire
+from hil.bench import commands, cycle, event_cost, gateway_cpu, logs, report, restart, wire
 from hil.kafka import RigError
 
 BENCHMARKS: dict[str, Callable[[Console, float], dict[str, Any]]] = {
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[Console, float], dict[str, Any]]] = {
     "gateway-cpu": gateway_cpu.run,
     "restart": restart.run,
     "commands": commands.run,
+    "logs": logs.run,
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("aiokafka", "msgspec", "numpy", "pyserial", "python-can")
+PACKAGES = ("aiokafka", "mcap", "msgspec", "numpy", "pyarrow", "pyserial", "python-can")
 
 
 def machine() -> dict[str, Any]:

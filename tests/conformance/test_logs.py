@@ -1,4 +1,7 @@
-"""The log's two places, the journal and Kafka, give a reader the same: one suite over both, the broker being real."""
+"""The log's places, the journal and Kafka, give a reader the same, and so does a recording as far as it can.
+
+One suite over all, the broker being real.
+"""
 
 import asyncio
 import os
@@ -11,6 +14,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Self
 
 import msgspec
 import numpy as np
@@ -42,6 +46,8 @@ from gateway.log_reader import (
     Topic,
     records,
 )
+from gateway.recorder import Recorder
+from gateway.recording_reader import RecordingLog
 from gateway.state_dir import StateDir
 from tests.conftest import Kafka
 from tests.gateway_parts import DEADLINE_S, KAFKA, MOTORS, Numbering, make_config
@@ -74,7 +80,7 @@ class Place(ABC):
 
     def position(self, offset: int) -> Position:
         """As this place writes it."""
-        return Position(self.stream if isinstance(self, InJournal) else 0, offset)
+        return Position(0 if isinstance(self, InKafka) else self.stream, offset)
 
 
 class InJournal(Place):
@@ -168,6 +174,28 @@ class InKafka(Place):
         return KafkaLog(self.config, topics, start, follow=follow, name=name)
 
 
+class InRecording(InJournal):
+    """Records the journal before each reading, from where it was."""
+
+    def reader(
+        self, topics: Sequence[Topic] = ("telemetry",), start: Start = "end", *, follow: bool, name: str | None = None
+    ) -> LogReader:
+        return RecordedLog(self.state, topics, start, follow=follow, name=name)
+
+
+class RecordedLog(RecordingLog):
+    def __init__(
+        self, state: StateDir, topics: Sequence[Topic], start: Start, *, follow: bool, name: str | None
+    ) -> None:
+        super().__init__(state.path / "recording", topics, start, follow=follow, name=name)
+        self._state = state
+
+    async def __aenter__(self) -> Self:
+        with Recorder(self._path, rotate_bytes=4000) as recorder:
+            await recorder.record(lambda start: JournalLog(self._state, BOTH, start, follow=False), "beginning")
+        return await super().__aenter__()
+
+
 @pytest.fixture
 def in_journal(tmp_path: Path) -> Iterator[InJournal]:
     place = InJournal(tmp_path / "state")
@@ -189,6 +217,19 @@ async def in_kafka(tmp_path: Path, kafka: Kafka, arm_name: str) -> AsyncIterator
         names = [config.topic(topic) for topic in ("telemetry", "events", "commands")]
         await admin.create_topics([NewTopic(name, len(MOTORS), 1) for name in names])
         yield InKafka(config, producer, admin)
+
+
+@pytest.fixture
+def in_recording(tmp_path: Path) -> Iterator[InRecording]:
+    place = InRecording(tmp_path / "state")
+    yield place
+    place.journal.db.close()
+
+
+@pytest.fixture(params=["in_journal", "in_kafka", "in_recording"])
+def any_place(request: pytest.FixtureRequest) -> Place:
+    found: Place = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture(params=["in_journal", "in_kafka"])
@@ -234,43 +275,43 @@ def holes(parts: Sequence[Part]) -> list[tuple[str, int, int, int | None]]:
     return [(p.topic, p.partition, p.from_offset, p.to_offset) for p in parts if isinstance(p, Missed)]
 
 
-# --- both places ------------------------------------------------------------------------------------------------------
+# --- all places ------------------------------------------------------------------------------------------------------
 
 
-async def test_from_the_beginning_comes_every_record_once_with_its_offset_number_and_time(place: Place) -> None:
+async def test_from_the_beginning_comes_every_record_once_with_its_offset_number_and_time(any_place: Place) -> None:
     for _ in range(5):
-        await place.samples(0, 1, 0)
-    await place.event(0, 100)
-    await place.event(1, 200)
-    await place.event(0, 300)
-    parts = await read_all(place.reader(BOTH, "beginning", follow=False))
+        await any_place.samples(0, 1, 0)
+    await any_place.event(0, 100)
+    await any_place.event(1, 200)
+    await any_place.event(0, 300)
+    parts = await read_all(any_place.reader(BOTH, "beginning", follow=False))
     assert offsets(parts) == [*events_of(0, 0, 2), *events_of(1, 0, 1), *telemetry_of(0, 0, 10), *telemetry_of(1, 0, 5)]
     samples = [part for part in parts if isinstance(part, Samples)]
     for part in samples:
         assert part.motor == MOTORS[part.partition]
         assert (part.records["seq"] == part.offsets + 1).all()
-        assert (part.records["stream"] == place.stream).all()
+        assert (part.records["stream"] == any_place.stream).all()
         assert (part.records["partition"] == part.partition).all()
         assert (part.records["sampled_at_ns"] == part.records["seq"]).all()
     entries = [entry for part in parts if isinstance(part, Entries) for entry in part.entries if part.partition == 0]
     assert [(e.offset, e.stream, e.seq, e.at_ns, e.key) for e in entries] == [
-        (0, place.stream, 1, 100, "joint1"),
-        (1, place.stream, 2, 300, "joint1"),
+        (0, any_place.stream, 1, 100, "joint1"),
+        (1, any_place.stream, 2, 300, "joint1"),
     ]
     assert msgspec.json.decode(entries[1].value) == {"type": "test", "at_ns": 300}
 
 
-async def test_without_follow_it_ends_at_what_was_there_when_it_began(place: Place) -> None:
-    await place.samples(0, 1)
-    async with place.reader(start="beginning", follow=False) as log:
-        await place.samples(0, 1)
+async def test_without_follow_it_ends_at_what_was_there_when_it_began(any_place: Place) -> None:
+    await any_place.samples(0, 1)
+    async with any_place.reader(start="beginning", follow=False) as log:
+        await any_place.samples(0, 1)
         assert offsets(await read(log)) == [*telemetry_of(0, 0, 1), *telemetry_of(1, 0, 1)]
         with pytest.raises(StopAsyncIteration):
             await anext(log)
 
 
-async def test_empty_log_ends_at_once(place: Place) -> None:
-    assert await read_all(place.reader(BOTH, "beginning", follow=False)) == []
+async def test_empty_log_ends_at_once(any_place: Place) -> None:
+    assert await read_all(any_place.reader(BOTH, "beginning", follow=False)) == []
 
 
 async def test_from_the_end_nothing_old_comes_and_nothing_new_is_missed(place: Place) -> None:
@@ -286,11 +327,11 @@ async def test_from_the_end_nothing_old_comes_and_nothing_new_is_missed(place: P
 
 
 @pytest.mark.parametrize("seq", [1, 2, 7, 12, 13])
-async def test_from_a_number_each_partition_begins_there(place: Place, seq: int) -> None:
+async def test_from_a_number_each_partition_begins_there(any_place: Place, seq: int) -> None:
     for _ in range(6):
-        await place.samples(0, 1, 0)
-        await place.event(1, 50)
-    parts = await read_all(place.reader(BOTH, Seq(seq), follow=False))
+        await any_place.samples(0, 1, 0)
+        await any_place.event(1, 50)
+    parts = await read_all(any_place.reader(BOTH, Seq(seq), follow=False))
     first = seq - 1
     assert offsets(parts) == [*events_of(1, first, 6), *telemetry_of(0, first, 12), *telemetry_of(1, first, 6)]
 
@@ -303,21 +344,23 @@ async def test_number_that_is_still_to_come_is_waited_for(place: Place) -> None:
         assert offsets(await read(log, 2)) == telemetry_of(0, 3, 5)
 
 
-async def test_number_that_is_gone_stands_for_the_oldest(place: Place) -> None:
+async def test_number_that_is_gone_stands_for_the_oldest(any_place: Place) -> None:
     for _ in range(9):
-        await place.samples(0)
-    await place.drop("telemetry", 0, 4)
-    parts = await read_all(place.reader(start=Seq(2), follow=False))
+        await any_place.samples(0)
+    await any_place.drop("telemetry", 0, 4)
+    parts = await read_all(any_place.reader(start=Seq(2), follow=False))
     assert (offsets(parts), holes(parts)) == (telemetry_of(0, 4, 9), [])
 
 
 @pytest.mark.parametrize("at_ns", [1, 4, 6, 7])
-async def test_from_a_time_each_partition_begins_at_its_first_record_of_then_or_later(place: Place, at_ns: int) -> None:
+async def test_from_a_time_each_partition_begins_at_its_first_record_of_then_or_later(
+    any_place: Place, at_ns: int
+) -> None:
     for number in range(1, 7):
-        await place.samples(0)
-        await place.event(1, number * 10)
-    assert offsets(await read_all(place.reader(start=Time(at_ns), follow=False))) == telemetry_of(0, at_ns - 1, 6)
-    found = await read_all(place.reader(["events"], Time(at_ns * 10 - 5), follow=False))
+        await any_place.samples(0)
+        await any_place.event(1, number * 10)
+    assert offsets(await read_all(any_place.reader(start=Time(at_ns), follow=False))) == telemetry_of(0, at_ns - 1, 6)
+    found = await read_all(any_place.reader(["events"], Time(at_ns * 10 - 5), follow=False))
     assert offsets(found) == events_of(1, at_ns - 1, 6)
 
 
@@ -386,17 +429,17 @@ async def test_reader_can_keep_its_positions_itself(place: Place) -> None:
     assert offsets(await read_all(place.reader(start=kept, follow=False)))[:5] == telemetry_of(0, 0, 5)
 
 
-async def test_what_is_gone_when_a_reader_comes_back_is_told_exactly(place: Place) -> None:
+async def test_what_is_gone_when_a_reader_comes_back_is_told_exactly(any_place: Place) -> None:
     for number in range(8):
-        await place.samples(0)
-        await place.event(1, number)
-    away: dict[Key, Position] = {("telemetry", 0): place.position(2), ("events", 1): place.position(1)}
-    await place.drop("telemetry", 0, 5)
-    await place.drop("events", 1, 3)
-    parts = await read_all(place.reader(BOTH, away, follow=False))
+        await any_place.samples(0)
+        await any_place.event(1, number)
+    away: dict[Key, Position] = {("telemetry", 0): any_place.position(2), ("events", 1): any_place.position(1)}
+    await any_place.drop("telemetry", 0, 5)
+    await any_place.drop("events", 1, 3)
+    parts = await read_all(any_place.reader(BOTH, away, follow=False))
     assert sorted(holes(parts)) == [("events", 1, 1, 2), ("telemetry", 0, 2, 4)]
     assert offsets(parts) == [*events_of(1, 3, 8), *telemetry_of(0, 5, 8)]
-    from_beginning = await read_all(place.reader(BOTH, "beginning", follow=False))
+    from_beginning = await read_all(any_place.reader(BOTH, "beginning", follow=False))
     assert (holes(from_beginning), len(offsets(from_beginning))) == ([], 8)
 
 
@@ -420,8 +463,8 @@ def test_name_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
             JournalLog(StateDir(tmp_path), ["events"], follow=False, name=name)
 
 
-async def test_reader_without_a_name_has_nothing_to_commit(place: Place) -> None:
-    async with place.reader(follow=False) as log:
+async def test_reader_without_a_name_has_nothing_to_commit(any_place: Place) -> None:
+    async with any_place.reader(follow=False) as log:
         with pytest.raises(LogError, match="without a name"):
             await log.commit()
 
@@ -515,6 +558,21 @@ async def test_journal_that_is_set_aside_is_finished_and_its_successor_follows(i
         await log.commit()
     await in_journal.samples(1)
     assert offsets(await read_all(in_journal.reader(BOTH, follow=False, name="recorder"))) == telemetry_of(1, 3, 4)
+
+
+async def test_recording_goes_on_over_a_journal_that_was_set_aside(in_recording: InRecording) -> None:
+    await in_recording.samples(0, 1)
+    await read_all(in_recording.reader(follow=False))
+    await in_recording.samples(0)
+    old = in_recording.stream
+    in_recording.set_aside()
+    await in_recording.samples(0)
+    for _ in range(2):  # there is nothing new the second time
+        parts = await read_all(in_recording.reader(start="beginning", follow=False))
+        assert holes(parts) == []
+        found = [(p.partition, p.next.stream, int(at)) for p in parts if isinstance(p, Samples) for at in p.offsets]
+        new = in_recording.stream
+        assert sorted(found, key=lambda at: at[0]) == [(0, old, 0), (0, old, 1), (0, new, 0), (1, old, 0)]
 
 
 async def test_reader_that_was_away_while_journals_were_set_aside_reads_them_all(in_journal: InJournal) -> None:

@@ -21,6 +21,7 @@ from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
 from drivers.errors import BusError, BusMisconfigured
 from drivers.family import CanFrame
 from drivers.sim.slcan import SlcanAdapter
+from drivers.traffic import Mark, Traffic
 
 SPEC = {"sleep_after_open": 0}
 
@@ -353,3 +354,45 @@ def test_kernels_time_counts_unless_the_wall_clock_stepped_in_between(
     assert received is not None
     assert received.at_ns == pytest.approx(50 * SECOND - (age_ms * MS if kept else 0), abs=1000)
     bus.close()
+
+
+def tapped(bus: CanBus) -> list[Traffic]:
+    told: list[Traffic] = []
+    bus.tap = told.append
+    return told
+
+
+def test_tap_is_told_of_every_frame_also_of_those_that_no_family_is_shown() -> None:
+    bus = CanBus(CanSpec("can0", "virtual", "tapped", 1_000_000))
+    told = tapped(bus)
+    with can.Bus(interface="virtual", channel="tapped") as other:
+        bus.send([CanFrame(0x12, b"\1"), CanFrame(0x345678, b"", extended=True)], after(monotonic_ns(), SECOND))
+        for message in (
+            can.Message(arbitration_id=1, is_extended_id=False, is_remote_frame=True, dlc=3),
+            can.Message(arbitration_id=2, is_extended_id=False, is_fd=True, bitrate_switch=True, data=bytes(12)),
+            can.Message(arbitration_id=4, is_extended_id=False, is_error_frame=True, data=bytes(8)),
+            can.Message(arbitration_id=3, is_extended_id=True, data=b"\3"),
+        ):
+            other.send(message)
+        received = bus.receive(after(monotonic_ns(), SECOND))
+    bus.close()
+    assert received
+    assert [unit._replace(at_ns=0) for unit in told] == [
+        Traffic(0, Mark.SENT, 0x12, b"\1"),
+        Traffic(0, Mark.SENT | Mark.EXTENDED, 0x345678, b""),
+        Traffic(0, Mark.REMOTE, 1, b"", 3),
+        Traffic(0, Mark.FD | Mark.BRS, 2, bytes(12), 12),
+        Traffic(0, Mark.ERROR, 4, bytes(8), 8),
+        Traffic(0, Mark.EXTENDED, 3, b"\3", 1),
+    ]
+    assert told[-1].at_ns == received.at_ns
+    assert [unit.at_ns for unit in told] == sorted(unit.at_ns for unit in told)
+
+
+def test_tap_is_told_once_of_a_frame_that_the_interface_gives_back() -> None:
+    bus = CanBus(CanSpec("can0", "virtual", "echoing", 1_000_000, {"receive_own_messages": True}))
+    told = tapped(bus)
+    bus.send([CanFrame(0x12, b"\1")], after(monotonic_ns(), SECOND))
+    assert bus.receive(MonotonicNs(0)) is None
+    bus.close()
+    assert [unit.marks for unit in told] == [Mark.SENT]

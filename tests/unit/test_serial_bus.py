@@ -16,6 +16,7 @@ from drivers.buses import serial as module
 from drivers.buses.serial import SerialBus
 from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
 from drivers.errors import BusError, BusMisconfigured
+from drivers.traffic import Mark, Traffic
 from tests.gateway_parts import wait_for
 
 
@@ -169,3 +170,16 @@ def test_file_that_is_no_terminal_is_a_bus_error(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(BusError, match="arm"):
         SerialBus(SerialSpec("arm", str(path), 1_000_000))
+
+
+def test_tap_is_told_of_what_is_written_and_read_without_what_the_adapter_gives_back(
+    line: Line, bus: SerialBus
+) -> None:
+    told: list[Traffic] = []
+    bus.tap = told.append
+    bus.send([b"\xff\xff", b"\1"], after(monotonic_ns(), 60 * SECOND))
+    os.write(line.fd, b"\xff\xff\1answer")
+    received = bus.receive(after(monotonic_ns(), 60 * SECOND))
+    assert received
+    assert [(unit.marks, unit.data) for unit in told] == [(Mark.SENT, b"\xff\xff\1"), (0, b"answer")]
+    assert told[1].at_ns == received.at_ns > told[0].at_ns
