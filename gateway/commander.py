@@ -360,7 +360,7 @@ class Commander:
         for partition in online:
             config = self._board.motors[partition].config
             speed = command.velocity_rad_s if command.velocity_rad_s is not None else config.velocity_rad_s
-            order = Order(command.kind, active.values[partition], speed, config.position_rad)
+            order = Order(command.kind, active.values[partition], speed)
             ticket = Ticket(next(self._numbers), partition, order, expires_ns)
             if group:
                 ticket = replace(ticket, group=group, size=sizes[config.bus], not_before_ns=not_before_ns)

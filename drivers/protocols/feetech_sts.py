@@ -441,7 +441,8 @@ class FeetechSts(Family[bytes, Packet]):
         details = {"mode": state.mode, "response_level": level, "return_delay_us": delay * 2}
         if low < high:
             details |= {"min_position_rad": decode_position(low), "max_position_rad": decode_position(high)}
-        return MotorInfo(MODELS.get(model, f"model {model}"), f"{major}.{minor}", details)
+        driven = state.torque_enable == 1 and state.mode == Mode.VELOCITY and state.goal_speed != 0
+        return MotorInfo(MODELS.get(model, f"model {model}"), f"{major}.{minor}", details, driven=driven)
 
     def refresh(self, bus_id: int) -> Procedure[bytes, Packet, None]:
         """See whether the torque is still on; silence is left to ``poll`` to notice."""

@@ -21,7 +21,7 @@ from hil.arm import MOTORS, SAMPLE_CONFIG, Arm
 from hil.kafka import Broker
 from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
-from tests.system.rig import pass_time, produce, see
+from tests.system.rig import pass_time, produce, put_on_links, see
 
 SPEED_RAD_S = 0.2
 STILL_RAD_S = 0.02
@@ -238,6 +238,37 @@ def test_stream_of_velocities_that_ends_leaves_the_motors_stopped(make_arm: Make
     arm.wait(lambda: stopped() == sorted(MOTORS), "every motor is stopped")
     wait_all_still(arm)
     assert min(motor["position_rad"] for motor in arm.status()["motors"]) > STILL_RAD
+
+
+def stops_told(arm: Arm, motor: str) -> list[str]:
+    return [
+        event["reason"] for event in kept(arm, "events") if (event["type"], event["motor"]) == ("motor.stopped", motor)
+    ]
+
+
+@pytest.mark.parametrize("killed", ["worker", "gateway", "both"])
+def test_motor_without_a_watchdog_does_not_run_on_when_what_commands_it_is_killed(
+    make_arm: MakeArm, patient: Path, links: Path, killed: str
+) -> None:
+    arm = make_arm(sample=patient)
+    put_on_links(arm, links)
+    arm.start()
+    give(arm, "run", "joint4", "velocity", value=SPEED_RAD_S)
+    assert final(arm, "run")[0] == "done"
+    arm.wait_status(lambda status: speeds(status)["joint4"] > SPEED_RAD_S / 2, "it runs")
+    worker = arm.worker_of("serial0", links)
+    if killed != "gateway":
+        os.kill(worker, signal.SIGSTOP if killed == "both" else signal.SIGKILL)
+    if killed != "worker":
+        arm.kill()
+        if killed == "both":
+            os.kill(worker, signal.SIGKILL)
+        arm.start()
+    found_running = killed != "gateway"  # a worker that outlives its gateway stops what it drove
+    arm.wait(lambda: len(stops_told(arm, "joint4")) == found_running, "told that it is stopped")
+    assert all("found running" in reason for reason in stops_told(arm, "joint4"))
+    arm.wait_status(lambda status: speeds(status)["joint4"] < STILL_RAD_S, "it stands")
+    assert [motor for motor in MOTORS if motor != "joint4" and stops_told(arm, motor)] == []
 
 
 # --- records that are no commands -------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_position_is_accepted_then_done_when_the_motor_is_there(rig: Rig) -> None:
     await rig.give("a", value=1.0, velocity_rad_s=2.0)
     (ticket,) = rig.sent
-    assert (ticket.motor, ticket.order) == (0, Order(Kind.POSITION, 1.0, 2.0, within_rad=(-1.0, 1.5)))
+    assert (ticket.motor, ticket.order) == (0, Order(Kind.POSITION, 1.0, 2.0))
     rig.done()
     assert await rig.states("a") == [State.ACCEPTED]
     rig.told({0: 0.97, 1: 1.0})
@@ -316,9 +316,9 @@ async def test_refusal_says_what_is_wrong_and_what_would_be_right(
     assert await rig.states("a") == [state]
 
 
-async def test_velocity_goes_to_the_worker_with_the_range_that_it_is_good_for(rig: Rig) -> None:
+async def test_velocity_goes_to_the_worker_and_is_done_when_the_motor_took_it(rig: Rig) -> None:
     await rig.give("a", kind="velocity", value=-5.0)
-    assert rig.sent[0].order == Order(Kind.VELOCITY, -5.0, 5.0, within_rad=(-1.0, 1.5))
+    assert rig.sent[0].order == Order(Kind.VELOCITY, -5.0, 5.0)
     rig.done(detail="turning")
     assert await rig.final("a") == (State.DONE, None, "turning")
 
