@@ -97,14 +97,16 @@ class Orders(Generic[W]):
     def submit(self, ticket: Ticket) -> None:
         """Queue an order. Whatever becomes of it, exactly one OrderDone or OrderFailed follows.
 
-        A setpoint, or what ends a motion, takes the place of setpoints of its motor that still wait.
+        A setpoint, or what ends a motion, takes the place of setpoints of its motor that still wait; a disable, which
+        goes ahead of them, that of enables, too.
         """
         kind = ticket.order.kind
         if kind in (Kind.ESTOP, Kind.RESET_ESTOP):
             self._latch(ticket)
             return
         if kind in OVERTAKES:
-            for older in [t for t in self._waiting if t.motor == ticket.motor and t.order.kind in SETPOINTS]:
+            gives_way = SETPOINTS | {Kind.ENABLE} if kind == Kind.DISABLE else SETPOINTS
+            for older in [t for t in self._waiting if t.motor == ticket.motor and t.order.kind in gives_way]:
                 self._drop(older, "newer_command", "overtaken before the bus got to it")
         if kind in ENDS_MOTION:
             self._overrule(ticket.motor)

@@ -50,6 +50,7 @@ GROUP_LEAD_NS = 20 * MS
 """Motors of several buses begin this long after they are told: a few cycles, in which each bus prepares its own."""
 STOPS = ENDS_MOTION | {Kind.ESTOP}
 """Kinds that are taken whatever is latched, and whatever the journal says: harmless if repeated."""
+UNRECORDED = "the journal took nothing until its time was up; it was not sent"
 ARM_WIDE = frozenset({Kind.ESTOP, Kind.RESET_ESTOP})
 
 
@@ -74,6 +75,7 @@ class _Active:
     command: Command
     read_at_ns: int  # monotonic
     values: dict[int, float]  # partition -> value; NaN: the kind takes none
+    sent: bool = False  # else it is being written down
     tickets: dict[int, frozenset[int]] = field(default_factory=dict)  # not answered: number -> partitions
     details: list[str] = field(default_factory=list)
     failures: list[tuple[Reason, str]] = field(default_factory=list)
@@ -114,7 +116,7 @@ class Commander:
         }
         self._recent: OrderedDict[str, CommandState] = OrderedDict()  # perhaps not committed yet
         self._active: list[_Active] = []
-        self._recording: set[asyncio.Task[None]] = set()
+        self._recording: set[asyncio.Future[None]] = set()
         self._saving: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
 
@@ -154,25 +156,23 @@ class Commander:
                 else:
                     waiting.append(active)
         if waiting:
-            recording = asyncio.create_task(self._dispatch_when_recorded(waiting))
-            self._recording.add(recording)
-            recording.add_done_callback(self._recording.discard)
+            self._record(waiting)
         if len(self._recording) > RECORDINGS:
             await asyncio.wait(self._recording, timeout=MOMENT_S, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _dispatch_when_recorded(self, waiting: Sequence[_Active]) -> None:
-        """Send commands once they are written down; those whose time is up before that are never sent."""
-        recorded = asyncio.create_task(self._writer.durable())
-        try:
-            for active in sorted(waiting, key=_left_ms):
-                await asyncio.wait({recorded}, timeout=max(0.0, _left_ms(active) / 1000))
-                if not recorded.done() and active in self._active:
-                    detail = "the journal took nothing until its time was up; it was not sent"
-                    self._end(active, State.FAILED, Reason.NOT_RECORDED, detail)
-        finally:
-            recorded.cancel()
-        for active in waiting:
-            self._dispatch(active)
+    def _record(self, waiting: Sequence[_Active]) -> None:
+        """Send commands once they are written down, each behind those before it."""
+        recording = asyncio.get_running_loop().create_future()
+        self._recording.add(recording)
+
+        def recorded() -> None:
+            self._recording.discard(recording)
+            if not recording.done():
+                recording.set_result(None)
+            for active in waiting:
+                self._dispatch(active)
+
+        self._writer.when_durable(recorded)
 
     def _admit(self, record: Incoming) -> _Active | None:
         """Check one record. Either it is written down as accepted, or it has its final outcome."""
@@ -266,16 +266,22 @@ class Commander:
         """Whether something is latched that keeps a command from being taken."""
         if kind in STOPS or kind is Kind.RESET_ESTOP:
             return None
-        if estop := self._latches.estop:
+        if (estop := self._latches.estop) and not self._is_coming(Kind.RESET_ESTOP):
             detail = f"emergency stop by {estop.by}: {estop.why}; send reset_estop for * first"
             return State.REJECTED, Reason.ESTOP_LATCHED, detail
         for view in views:
             latch = self._latches.held.get(view.config.name)
             hot = view.hot and "over_temperature" in view.config.stop_on
-            if latch and (hot or kind is not Kind.CLEAR_FAULT):
+            cleared = kind is Kind.CLEAR_FAULT or self._is_coming(Kind.CLEAR_FAULT, view.config.partition)
+            if latch and (hot or not cleared):
                 remedy = "let it cool down first" if hot else "send clear_fault first"
                 return State.REJECTED, Reason.MOTOR_LATCHED, f"{view.config.name} was stopped: {latch.why}; {remedy}"
         return None
+
+    def _is_coming(self, kind: Kind, partition: int | None = None) -> bool:
+        """Whether a command of this kind is being written down: what follows it is meant for afterwards."""
+        waiting = [active for active in self._active if active.command.kind is kind and not active.sent]
+        return any(partition is None or partition in active.values for active in waiting)
 
     def _seen(self, command_id: str) -> CommandState | None:
         return self._recent.get(command_id) or self._journal.command(command_id)
@@ -315,9 +321,17 @@ class Commander:
     # -- on the way ----------------------------------------------------------------------------------------------
 
     def _supersede(self, newer: _Active) -> None:
-        """A setpoint under way gives way to a newer one, and to anything that ends the motion."""
+        """A setpoint under way gives way to a newer one, and to anything that ends the motion.
+
+        What ends a motion is sent ahead of what is being written down: an ``enable`` there must not follow a disable.
+        """
+        by = f"by {newer.command.id!r}"
         if newer.command.kind in OVERTAKES:
-            self._end_setpoints(newer.values, State.SUPERSEDED, Reason.NEWER_COMMAND, f"by {newer.command.id!r}")
+            self._end_setpoints(newer.values, State.SUPERSEDED, Reason.NEWER_COMMAND, by)
+        if newer.command.kind is Kind.DISABLE:
+            for older in [a for a in self._active if a.command.kind is Kind.ENABLE and not a.sent]:
+                if not newer.values.keys().isdisjoint(older.values):
+                    self._end(older, State.SUPERSEDED, Reason.NEWER_COMMAND, by)
         self._active.append(newer)
 
     def _end_setpoints(self, motors: Iterable[int], state: State, reason: Reason, detail: str) -> None:
@@ -330,8 +344,16 @@ class Commander:
     def _dispatch(self, active: _Active) -> None:
         if active not in self._active:  # overtaken while it was written down
             return
+        active.sent = True
+        if active.command.kind not in STOPS and _left_ms(active) < 0:
+            self._end(active, State.FAILED, Reason.NOT_RECORDED, UNRECORDED)
+            return
         if active.command.kind is Kind.RESET_ESTOP:
             self._reset_all(active)
+            return
+        if latched := self._latched(active.command.kind, [self._board.motors[p] for p in active.values]):  # meanwhile
+            _, reason, detail = latched
+            self._end(active, State.FAILED, reason, detail)
             return
         if active.command.kind is Kind.CLEAR_FAULT:
             self._release(active)
@@ -396,7 +418,9 @@ class Commander:
             self._settle(active)
 
     def check_deadlines(self) -> None:
-        """Fail positions that take too long; call several times a second."""
+        """Fail what is not written down in time, and positions that take too long; call several times a second."""
+        for active in [a for a in self._active if not a.sent and _left_ms(a) < 0]:
+            self._end(active, State.FAILED, Reason.NOT_RECORDED, UNRECORDED)
         for active in [a for a in self._active if a.under_way]:
             late = monotonic_ns() > active.arrive_by_ns
             for partition in sorted(active.under_way):

@@ -222,10 +222,16 @@ async def test_sick_disk_holds_up_motions_but_not_what_ends_them(rig: Rig) -> No
     assert rig.sent[1].order.kind == Kind.POSITION
 
 
+def commander_ends(rig: Rig, command_id: str) -> bool:
+    """Whether a command has ended, as the gateway looks several times a second."""
+    rig.commander.check_deadlines()
+    return command_id not in [active.command.id for active in rig.commander._active]
+
+
 async def test_motion_that_is_not_written_down_within_its_ttl_is_never_sent(rig: Rig) -> None:
     with locked(rig):
-        await rig.give("move", ttl_ms=200)
-        await rig.commander.handle([rig.record("stop", "joint2", kind="stop")])
+        await rig.commander.handle([rig.record("move", ttl_ms=200), rig.record("stop", "joint2", kind="stop")])
+        await until(lambda: commander_ends(rig, "move"))
         assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP]
     assert (await rig.final("move"))[:2] == (State.FAILED, Reason.NOT_RECORDED)
     assert len(rig.sent) == 1
@@ -590,6 +596,40 @@ async def test_emergency_stop_outlives_the_process_and_its_journal_until_it_is_r
     async with running(tmp_path) as rig:
         rig.commander.tell_latched()
         assert rig.sent == []
+
+
+async def test_what_follows_a_reset_at_once_is_meant_for_afterwards(rig: Rig) -> None:
+    await rig.give("e", "*", kind="estop")
+    await rig.handle([rig.record("r", "*", kind="reset_estop"), rig.record("a"), rig.record("b", "joint2")])
+    assert [ticket.order.kind for ticket in rig.sent[1:]] == [Kind.RESET_ESTOP, Kind.POSITION, Kind.POSITION]
+
+
+async def test_what_follows_a_reset_that_an_emergency_stop_overtook_is_not_carried_out(rig: Rig) -> None:
+    await rig.give("e", "*", kind="estop")
+    stop = rig.record("f", "*", kind="estop")
+    await rig.handle([rig.record("r", "*", kind="reset_estop"), rig.record("a", kind="enable"), stop])
+    assert (await rig.final("a"))[:2] == (State.FAILED, Reason.ESTOP_LATCHED)
+    assert [ticket.order.kind for ticket in rig.sent] == [Kind.ESTOP, Kind.ESTOP]
+
+
+async def test_commands_are_sent_in_the_order_in_which_they_came(rig: Rig) -> None:
+    batches = [
+        [rig.record(f"{batch}-{n}", f"joint{1 + n % 2}", kind="enable") for n in range(9 - batch)] for batch in range(9)
+    ]
+    for batch in batches:
+        await rig.commander.handle(batch)
+    await asyncio.wait(rig.commander._recording)
+    await rig.writer.durable()
+    assert [ticket.motor for ticket in rig.sent] == [n % 2 for batch in range(9) for n in range(9 - batch)]
+    under_way = {number: active.command.id for active in rig.commander._active for number in active.tickets}
+    given = [json.loads(record.raw)["id"] for batch in batches for record in batch]
+    assert [under_way[ticket.number] for ticket in rig.sent] == given
+
+
+async def test_enable_that_is_being_written_down_gives_way_to_a_disable(rig: Rig) -> None:
+    await rig.handle([rig.record("on", kind="enable"), rig.record("off", kind="disable")])
+    assert await rig.final("on") == (State.SUPERSEDED, Reason.NEWER_COMMAND, "by 'off'")
+    assert [ticket.order.kind for ticket in rig.sent] == [Kind.DISABLE]
 
 
 async def test_reset_that_is_overtaken_by_an_emergency_stop_resets_nothing(rig: Rig) -> None:
