@@ -3,10 +3,10 @@
     record -> checks -> written down (committed) -> order to the worker -> acknowledged -> position reached -> done
 
 The order of the checks: readable, authorized (``gateway.auth``), known motor and kind, not seen before, not older than
-its ttl, clock not skewed, nothing latched, motor online, within limits. What was written down but whose effect is
-unknown (a crash in between) ends as ``failed/interrupted`` at the next start and is not sent again. While the disk
-takes nothing, what cannot be written down within its ttl ends as ``failed/not_recorded``; what ends a motion is sent
-all the same, and waits for nothing.
+its ttl, clock not skewed (but for ``UNTIMED``), nothing latched, motor online, within limits. What was written down but
+whose effect is unknown (a crash in between) ends as ``failed/interrupted`` at the next start and is not sent again.
+While the disk takes nothing, what cannot be written down within its ttl ends as ``failed/not_recorded``; what ends a
+motion is sent all the same, and waits for nothing.
 
 An emergency stop goes to every bus before anything else is done about it. It is done when each bus has said so and the
 latch is on the disk; until ``reset_estop``, also over restarts, only what stops motors is taken.
@@ -51,16 +51,22 @@ GROUP_LEAD_NS = 20 * MS
 STOPS = ENDS_MOTION | {Kind.ESTOP}
 """Kinds that are taken whatever is latched, and whatever the journal says: harmless if repeated."""
 UNRECORDED = "the journal took nothing until its time was up; it was not sent"
+UNTIMED = frozenset({Kind.STOP, Kind.ESTOP})
+"""Kinds that are taken whatever the sender's clock says, if they are read live: they hold an arm, and drop nothing."""
 ARM_WIDE = frozenset({Kind.ESTOP, Kind.RESET_ESTOP})
 
 
 class Incoming(NamedTuple):
-    """A record of the commands topic, and where to go on reading once it is written down."""
+    """A record of the commands topic, and where to go on reading once it is written down.
+
+    ``live``: it came after the gateway began to read this source; else it may be a backlog.
+    """
 
     raw: bytes
     source: str
     partition: int
     next: int
+    live: bool = True
 
     @property
     def inbox(self) -> tuple[str, int, int]:
@@ -78,6 +84,7 @@ class _Active:
     sent: bool = False  # else it is being written down
     tickets: dict[int, frozenset[int]] = field(default_factory=dict)  # not answered: number -> partitions
     details: list[str] = field(default_factory=list)
+    took: set[int] = field(default_factory=set)  # partitions that have done what they were told
     failures: list[tuple[Reason, str]] = field(default_factory=list)
     under_way: set[int] = field(default_factory=set)  # partitions whose position is not reached
     arrive_by_ns: int = 0
@@ -187,7 +194,7 @@ class Commander:
             outcome = self._outcome(command, State.REJECTED, read_at_ns, Reason.UNAUTHORIZED, unauthorized)
             self._writer.read_upto(outcome.entry(self._partition(command.motor)), record.inbox)
             return None
-        if refusal := self._refusal(command):
+        if refusal := self._refusal(command, live=record.live):
             state, reason, detail = refusal
             outcome = self._outcome(command, state, read_at_ns, reason, detail)
             if self._may_be_known(command.id):  # what is remembered of the id stays as it is
@@ -222,7 +229,7 @@ class Commander:
         # the id is not remembered: nothing was asked for that a corrected record could repeat
         self._writer.read_upto(outcome.entry(self._partition(motor)), record.inbox)
 
-    def _refusal(self, command: Command) -> tuple[State, Reason, str] | None:
+    def _refusal(self, command: Command, *, live: bool) -> tuple[State, Reason, str] | None:
         """Why this command is not accepted; None if it is."""
         named = [command.motor] if command.motor != ARM else command.targets or ()
         if unknown := ", ".join(repr(name) for name in named if name not in self._partitions):
@@ -240,15 +247,8 @@ class Commander:
             seen = None  # harmless if repeated
         if seen:
             return State.REJECTED, Reason.DUPLICATE, f"id {command.id!r} was used before, at {seen.at_ns} ns"
-        age_ms = wall_age_ms(command.issued_at_ns)
-        if age_ms > command.ttl_ms:
-            detail = f"issued {age_ms:.0f} ms ago, was good for {command.ttl_ms:g} ms"
-            return State.EXPIRED, Reason.STALE, detail
-        if command.issued_at_ns < self._started_at_ns:
-            return State.EXPIRED, Reason.STALE, "issued before this run of the gateway began: a backlog moves nothing"
-        if age_ms < -SKEW_MS:
-            detail = f"issued {-age_ms:.0f} ms in the future (at most {SKEW_MS:.0f} ms): set the sender's clock"
-            return State.REJECTED, Reason.CLOCK_SKEW, detail
+        if not (live and command.kind in UNTIMED) and (untimely := self._untimely(command)):
+            return untimely
         views = [self._board.motors[partition] for partition in addressed]
         if latched := self._latched(command.kind, views):
             return latched
@@ -260,6 +260,19 @@ class Commander:
         if beyond:
             reason = beyond[0][0]
             return State.REJECTED, reason, "; ".join(detail for of, detail in beyond if of is reason)
+        return None
+
+    def _untimely(self, command: Command) -> tuple[State, Reason, str] | None:
+        """Whether it comes too late, or from a clock that cannot be right."""
+        age_ms = wall_age_ms(command.issued_at_ns)
+        if age_ms > command.ttl_ms:
+            detail = f"issued {age_ms:.0f} ms ago, was good for {command.ttl_ms:g} ms"
+            return State.EXPIRED, Reason.STALE, detail
+        if command.issued_at_ns < self._started_at_ns:
+            return State.EXPIRED, Reason.STALE, "issued before this run of the gateway began: a backlog moves nothing"
+        if age_ms < -SKEW_MS:
+            detail = f"issued {-age_ms:.0f} ms in the future (at most {SKEW_MS:.0f} ms): set the sender's clock"
+            return State.REJECTED, Reason.CLOCK_SKEW, detail
         return None
 
     def _latched(self, kind: Kind, views: Sequence[MotorView]) -> tuple[State, Reason, str] | None:
@@ -367,7 +380,7 @@ class Commander:
         for ticket in tickets:
             bus = self._board.motors[ticket.motor].config.bus
             if not self._send(bus, ticket):
-                self._answered(active, ticket.number, (Reason.OVERLOADED, f"bus {bus!r} takes no orders now"))
+                self._failed(active, ticket.number, Reason.OVERLOADED, f"bus {bus!r} takes no orders now")
         if not tickets:
             self._settle(active)
 
@@ -396,18 +409,19 @@ class Commander:
                 self._board.motors[notice.motor].status |= Status.ENABLED
             elif active.command.kind is Kind.DISABLE:
                 self._board.motors[notice.motor].status &= ~Status.ENABLED
-            self._answered(active, notice.ticket, None, notice.detail)
+            active.took |= {p for p in active.tickets[notice.ticket] if self._board.motors[p].online}
+            self._answered(active, notice.ticket, None, "" if active.command.kind is Kind.ESTOP else notice.detail)
 
     def order_failed(self, notice: OrderFailed) -> None:
         """A motor, or its worker, refused an order."""
         if active := self._of(notice.ticket):
-            self._answered(active, notice.ticket, (_reason(notice.reason), notice.detail))
+            self._failed(active, notice.ticket, _reason(notice.reason), notice.detail)
 
     def worker_gone(self, partitions: Sequence[int]) -> None:
         """The worker of these motors died; what it had been told has an unknown effect."""
         for active in list(self._active):
             for number in [n for n, motors in active.tickets.items() if not motors.isdisjoint(partitions)]:
-                self._answered(active, number, (Reason.INTERRUPTED, "the bus worker died; the effect is unknown"))
+                self._failed(active, number, Reason.INTERRUPTED, "the bus worker died; the effect is unknown")
 
     def moved(self, views: Sequence[MotorView]) -> None:
         """New samples of these motors: has one arrived?"""
@@ -444,6 +458,12 @@ class Commander:
     def _of(self, ticket: int) -> _Active | None:
         return next((a for a in self._active if ticket in a.tickets), None)
 
+    def _failed(self, active: _Active, number: int, reason: Reason, detail: str) -> None:
+        """A ticket has failed; of several, it is told whose."""
+        named = [self._name(partition) for partition in sorted(active.tickets[number])]
+        told = f"{named[0]}: {detail}" if len(active.values) > 1 and len(named) == 1 else detail
+        self._answered(active, number, (reason, told))
+
     def _answered(self, active: _Active, number: int, failure: tuple[Reason, str] | None, detail: str = "") -> None:
         del active.tickets[number]
         if failure:
@@ -459,14 +479,23 @@ class Commander:
         """End a command that waits for nothing any more."""
         if active.tickets or active.under_way:
             return
-        if active.failures:
-            reason = active.failures[0][0]
-            self._end(active, State.FAILED, reason, "; ".join(dict.fromkeys(detail for _, detail in active.failures)))
-        else:
-            self._end(active, State.DONE, None, "; ".join(dict.fromkeys(filter(None, active.details))))
+        if not active.failures:
+            details = [self._stopped(active)] if active.command.kind is Kind.ESTOP else active.details
+            self._end(active, State.DONE, None, "; ".join(dict.fromkeys(filter(None, details))))
+            return
+        told = [detail for _, detail in active.failures]
+        if len(active.values) > 1:  # the others do as they were told, or have done so
+            taken = ", ".join(self._name(partition) for partition in sorted(active.took))
+            told += [f"taken by {taken}"] if taken else active.details
+        self._end(active, State.FAILED, active.failures[0][0], "; ".join(dict.fromkeys(told)))
+
+    def _stopped(self, active: _Active) -> str:
+        offline = [self._name(partition) for partition in sorted(active.values.keys() - active.took)]
+        return f"latched; {len(active.took)} stopped" + (f"; offline: {', '.join(offline)}" if offline else "")
 
     def _await_arrival(self, active: _Active) -> None:
-        active.details.clear()  # that it has begun is nothing to tell when it has arrived
+        active.details.clear()  # that they have begun is nothing to tell when they have arrived
+        active.took.clear()
         active.under_way = set(active.values)
         ways_s = []
         for partition, value in active.values.items():
@@ -614,8 +643,10 @@ def _reason(word: str) -> Reason:
 
 
 def _left_ms(active: _Active) -> float:
-    """How long a command is still good; its sender's clock may be ahead."""
+    """How long a command is still good; its sender's clock may be ahead, or not count (``UNTIMED``)."""
     command = active.command
+    if command.kind in UNTIMED:
+        return command.ttl_ms - _since_us(active.read_at_ns) / 1000
     return min(command.ttl_ms - wall_age_ms(command.issued_at_ns), command.ttl_ms)
 
 

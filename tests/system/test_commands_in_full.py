@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -108,6 +109,8 @@ def test_emergency_stop_stops_all_motors_and_holds_over_kill_and_restart_until_i
     arm.kill()
     arm.start()
     assert arm.status()["estop"]["why"].startswith("command ")
+    assert "EMERGENCY STOP since " in arm.cli("status", str(arm.config)).stdout
+    assert json.loads(arm.cli("status", str(arm.config), "--json").stdout)["estop"]["by"] == "local"
     give(arm, "refused", "joint6", "velocity", value=SPEED_RAD_S)
     state, reason, detail = final(arm, "refused")
     assert (state, reason) == ("rejected", "estop_latched")
@@ -168,6 +171,8 @@ def test_motor_that_gets_too_hot_stops_by_itself_until_its_fault_is_cleared(make
     arm.wait_status(lambda status: speeds(status)["joint6"] < STILL_RAD_S, "the hot one stands")
     assert speeds(arm.status())["joint5"] > STILL_RAD_S
     assert arm.status()["motors"][5]["latched"]["why"] == "67 C, limit 65 C"
+    shown = " ".join(arm.cli("status", str(arm.config)).stdout.split())  # it may be wrapped
+    assert re.search("joint6 stopped since .* by gateway: 67 C, limit 65 C; until: command joint6 clear_fault", shown)
     give(arm, "hot", "joint6", "clear_fault")
     assert final(arm, "hot")[:2] == ("rejected", "motor_latched")
     arm.play({"joint6": "temperature_c = 30"})

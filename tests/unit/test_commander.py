@@ -322,6 +322,35 @@ async def test_refusal_says_what_is_wrong_and_what_would_be_right(
     assert await rig.states("a") == [state]
 
 
+@pytest.mark.parametrize("kind", [Kind.ESTOP, Kind.STOP])
+@pytest.mark.parametrize("off_ns", [-1000 * HOUR_NS, -HOUR_NS, HOUR_NS])
+async def test_what_holds_an_arm_is_taken_live_whatever_the_senders_clock_says(
+    rig: Rig, kind: Kind, off_ns: int
+) -> None:
+    record = rig.record("e", "*", kind=kind, issued_at_ns=epoch_ns() + off_ns, ttl_ms=1000)
+    await rig.handle([record])
+    assert rig.newest() == kind
+    if kind is Kind.STOP:
+        assert rig.sent[-1].expires_ns > monotonic_ns()  # the worker is to take it, too
+    await rig.handle([record])
+    await rig.writer.durable()
+    assert [outcome.reason for outcome in await duplicates(rig, "e")] == [Reason.DUPLICATE]
+
+
+@pytest.mark.parametrize("kind", [Kind.ESTOP, Kind.STOP])
+@pytest.mark.parametrize("off_ns", [-HOUR_NS, HOUR_NS])
+async def test_what_holds_an_arm_is_refused_as_a_backlog_like_any_other(rig: Rig, kind: Kind, off_ns: int) -> None:
+    record = rig.record("e", "*", kind=kind, issued_at_ns=epoch_ns() + off_ns)
+    await rig.handle([record._replace(live=False)])
+    assert (await rig.final("e"))[1] in (Reason.STALE, Reason.CLOCK_SKEW)
+    assert rig.sent == []
+
+
+async def test_disable_is_no_hold_and_is_never_taken_late(rig: Rig) -> None:
+    await rig.give("a", kind="disable", issued_at_ns=epoch_ns() - HOUR_NS)
+    assert (await rig.final("a"))[1] is Reason.STALE
+
+
 async def test_velocity_goes_to_the_worker_and_is_done_when_the_motor_took_it(rig: Rig) -> None:
     await rig.give("a", kind="velocity", value=-5.0)
     assert rig.sent[0].order == Order(Kind.VELOCITY, -5.0, 5.0)
@@ -506,13 +535,34 @@ async def test_targets_need_all_their_motors(rig: Rig) -> None:
     assert rig.sent == []
 
 
+async def test_targets_that_fail_on_one_bus_say_who_goes_on(rig: Rig) -> None:
+    await rig.give("a", "*", value=None, targets=BOTH)
+    rig.done(0)
+    rig.failed(1, "no_reply", "kept silent when it was fired")
+    detail = "joint2: kept silent when it was fired; taken by joint1"
+    assert await rig.final("a") == (State.FAILED, Reason.NO_REPLY, detail)
+
+
+async def test_emergency_stop_counts_the_motors_of_all_buses_and_names_who_is_not_there(tmp_path: Path) -> None:
+    bus = '[[bus]]\nname = "serial0"\ntype = "serial"\nport = "/dev/ttyUSB0"\nrate_hz = 100\n'
+    text = ARM.replace(bus, bus + bus.replace("serial0", "serial1").replace("USB0", "USB1"))
+    async with running(tmp_path, text='bus = "serial1"'.join(text.rsplit('bus = "serial0"', 1))) as rig:
+        for online, detail in [(True, "latched; 2 stopped"), (False, "latched; 1 stopped; offline: joint2")]:
+            rig.board.motors[1].online = online
+            await rig.give(f"e{online}", "*", kind="estop")
+            await saved(rig)
+            for ticket in rig.sent[-2:]:
+                rig.commander.order_done(OrderDone(ticket.number, ALL, "latched; 1 stopped"))
+            assert await rig.final(f"e{online}") == (State.DONE, None, detail)
+
+
 async def test_targets_that_are_not_all_reached_say_which(rig: Rig, late: None) -> None:
     await rig.give("a", "*", value=None, targets=BOTH)
     rig.done(0)
     rig.done(1)
     rig.told({0: 1.0, 1: 0.1})
     rig.commander.check_deadlines()
-    detail = "joint2 stands at 0.1000 rad, not at 0.5000 rad, in time"
+    detail = "joint2 stands at 0.1000 rad, not at 0.5000 rad, in time; joint1 at 1.0000 rad"
     assert await rig.final("a") == (State.FAILED, Reason.NOT_REACHED, detail)
 
 
@@ -864,9 +914,9 @@ async def test_command_for_all_is_done_when_all_are(rig: Rig) -> None:
 
 async def test_command_for_all_fails_if_one_does_and_says_which(rig: Rig) -> None:
     await rig.give("a", "*", kind="stop")
-    rig.failed(1, "no_reply", "joint2 kept silent")
+    rig.failed(1, "no_reply", "kept silent")
     rig.done(0)
-    assert await rig.final("a") == (State.FAILED, Reason.NO_REPLY, "joint2 kept silent")
+    assert await rig.final("a") == (State.FAILED, Reason.NO_REPLY, "joint2: kept silent; taken by joint1")
 
 
 async def test_command_for_all_reaches_those_that_are_there(rig: Rig) -> None:
@@ -874,7 +924,7 @@ async def test_command_for_all_reaches_those_that_are_there(rig: Rig) -> None:
     await rig.give("a", "*", kind="stop")
     assert [ticket.motor for ticket in rig.sent] == [1]
     rig.done()
-    assert await rig.final("a") == (State.FAILED, Reason.MOTOR_OFFLINE, "joint1 does not answer")
+    assert await rig.final("a") == (State.FAILED, Reason.MOTOR_OFFLINE, "joint1 does not answer; taken by joint2")
 
 
 async def test_stop_for_all_ends_every_motion(rig: Rig) -> None:
