@@ -99,6 +99,11 @@ class Cycle(Generic[W]):
         """Queue an order. Whatever becomes of it, exactly one OrderDone or OrderFailed follows."""
         self._orders.submit(ticket)
 
+    def leave(self, until: MonotonicNs) -> None:
+        """Stop what a velocity or torque drives: from now on nobody tells it anything."""
+        self._orders.leave()
+        self.work(until)
+
     def take_notices(self) -> list[AnyNotice]:
         """Everything worth telling since the last call."""
         notices = list(self._notices)
@@ -300,7 +305,7 @@ class Cycle(Generic[W]):
             tracked.due_ns = now + tracked.family.refresh_ns
             self._forget_polls()
             tracked.refusal = ""
-            self._orders.came_online(tracked)
+            self._orders.came_online(tracked, driven=result.driven)
             return
         tracked.due_ns = now + tracked.retry_ns
         tracked.retry_ns = min(2 * tracked.retry_ns, RETRY_MOST_NS)

@@ -74,8 +74,9 @@ class Motor:
 
     ``index`` is the place of the motor on the arm (its partition); ``bus_id`` the address on the bus;
     ``options`` whatever its family takes beyond that, an instance of that family's ``Options``; ``position_rad`` the
-    range that it is to stay in. ``watchdog_ns``: how long its own watchdog, where it has one, lets it run without
-    hearing from the gateway (0: it is not armed).
+    range that it is to stay in: beyond it, a motor that a velocity or torque drives is stopped (``drivers.orders``).
+    ``watchdog_ns``: how long its own watchdog, where it has one, lets it run without hearing from the gateway (0: it is
+    not armed).
     """
 
     index: int
@@ -123,14 +124,12 @@ SAMPLE = np.dtype(
 class Order:
     """One thing for one motor to do, already validated against its limits.
 
-    ``value``: rad, rad/s or N m, by kind. ``velocity_rad_s``: the speed a position is approached with. ``within_rad``:
-    where a velocity or torque may drive the motor; beyond, it is stopped (``drivers.orders``).
+    ``value``: rad, rad/s or N m, by kind. ``velocity_rad_s``: the speed a position is approached with.
     """
 
     kind: Kind
     value: float = nan
     velocity_rad_s: float = nan
-    within_rad: tuple[float, float] = (-inf, inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +137,11 @@ class MotorInfo:
     """What a motor says of itself when it is connected; ``details`` holds whatever else its family reads.
 
     ``options``: the keys of its family's ``Options`` that differ from their defaults, as ``identify`` found them.
+    ``driven``: it was found following a velocity or torque, which nothing ends.
     """
 
     model: str
     firmware: str
     details: dict[str, float] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    driven: bool = False

@@ -4,13 +4,14 @@
     group:    waiting until it is complete -> prepared, each motor for itself -> fired at one moment -> confirmed
     estop:    halt (one exchange) -> a stop for each motor, until it acknowledges it or is offline; latched
 
-What ends a motion goes first, an emergency stop before everything, whatever time there is. Two things are stopped here
-by themselves: a motor that was told a velocity or a torque and is told nothing more for ``setpoint_ns``, and one that
-such a setpoint drives out of the range that came with it.
+What ends a motion goes first, an emergency stop before everything, whatever time there is. A velocity or torque has no
+end of its own, so a motor that one drives is stopped from here: when nothing more is told for ``setpoint_ns``, when it
+leaves its range, when it is found so by a process that told it nothing, and when there is nobody left to tell it more.
+A position has an end, and is left to get there.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic
 
@@ -96,14 +97,16 @@ class Orders(Generic[W]):
     def submit(self, ticket: Ticket) -> None:
         """Queue an order. Whatever becomes of it, exactly one OrderDone or OrderFailed follows.
 
-        A setpoint, or what ends a motion, takes the place of setpoints of its motor that still wait.
+        A setpoint, or what ends a motion, takes the place of setpoints of its motor that still wait; a disable, which
+        goes ahead of them, that of enables, too.
         """
         kind = ticket.order.kind
         if kind in (Kind.ESTOP, Kind.RESET_ESTOP):
             self._latch(ticket)
             return
         if kind in OVERTAKES:
-            for older in [t for t in self._waiting if t.motor == ticket.motor and t.order.kind in SETPOINTS]:
+            gives_way = SETPOINTS | {Kind.ENABLE} if kind == Kind.DISABLE else SETPOINTS
+            for older in [t for t in self._waiting if t.motor == ticket.motor and t.order.kind in gives_way]:
                 self._drop(older, "newer_command", "overtaken before the bus got to it")
         if kind in ENDS_MOTION:
             self._overrule(ticket.motor)
@@ -166,7 +169,7 @@ class Orders(Generic[W]):
         """Stop a motor that a velocity or torque drives out of its range; one that comes back in may go on."""
         if not tracked.driven_until_ns:
             return
-        low, high = tracked.within_rad
+        low, high = tracked.motor.position_rad
         position, velocity = feedback.position_rad, feedback.velocity_rad_s
         if (position > high and velocity > 0) or (position < low and velocity < 0):
             self._stop(tracked, f"left {low:g}..{high:g} rad at {position:.4f} rad")
@@ -179,11 +182,21 @@ class Orders(Generic[W]):
             if tracked.driven_until_ns and now > tracked.driven_until_ns:
                 self._stop(tracked, f"no fresh setpoint for {setpoint_ns / MS:g} ms")
 
-    def came_online(self, tracked: Tracked) -> None:
-        """A motor is there (again): one that is latched is stopped."""
+    def leave(self) -> None:
+        """Nobody tells motors anything from now on: stop what a velocity or torque drives, and begin nothing."""
+        why = "the gateway is gone"
+        self._call_off(self._tracked, "interrupted", f"{why}; its effect is unknown", why)
+        for tracked in self._tracked.values():
+            if tracked.driven_until_ns:
+                self._stop(tracked, why)
+
+    def came_online(self, tracked: Tracked, *, driven: bool) -> None:
+        """A motor is there (again): one that is latched is stopped, and one that is ``driven``, but not from here."""
         if tracked.latched:
             self._to_halt.add(tracked.motor.index)
             self._unheard.add(tracked.motor.index)
+        elif driven and (tracked.stopping or not tracked.driven_until_ns):
+            self._stop(tracked, "found running at a velocity or torque that nobody renews")
 
     def went_offline(self, tracked: Tracked) -> None:
         """A motor is gone: an emergency stop does not wait for it."""
@@ -247,7 +260,7 @@ class Orders(Generic[W]):
                 return
             job.begun = True
             if ticket.order.kind in DRIVES and not ticket.group:
-                self._drive(tracked, ticket.order)
+                self._drive(tracked)
         try:
             ended, result = self._turns.step(job, until)
         except MotorRefused as refusal:
@@ -312,6 +325,15 @@ class Orders(Generic[W]):
         else:
             self._drop(job.ticket, reason, detail)
 
+    def _call_off(self, motors: Collection[int], reason: str, begun: str, waiting: str) -> None:
+        """End all that these motors are being told or are to be told, but for what ends a motion."""
+        for job in list(self._jobs):
+            if isinstance(job, _Told) and job.ticket.motor in motors and job.ticket.order.kind not in ENDS_MOTION:
+                self._break_off(job, reason, begun)
+        for ticket in [t for t in self._waiting if t.motor in motors and t.order.kind not in ENDS_MOTION]:
+            if ticket in self._waiting:
+                self._drop(ticket, reason, waiting)
+
     def _name(self, motor: int) -> str:
         return self._tracked[motor].motor.name if motor in self._tracked else f"motor {motor}"
 
@@ -342,7 +364,7 @@ class Orders(Generic[W]):
             families.setdefault(id(job.tracked.family), {})[job.tracked.motor.bus_id] = job
             job.fired = True
             if job.ticket.order.kind in DRIVES:
-                self._drive(job.tracked, job.ticket.order)
+                self._drive(job.tracked)
         for jobs in families.values():
             first = next(iter(jobs.values())).tracked
             ready = {bus_id: job.ready for bus_id, job in jobs.items() if job.ready}
@@ -363,10 +385,9 @@ class Orders(Generic[W]):
 
     # -- deadman -------------------------------------------------------------------------------------------------
 
-    def _drive(self, tracked: Tracked, order: Order) -> None:
+    def _drive(self, tracked: Tracked) -> None:
         """From now on, whether or not the motor acknowledges it: it may have heard."""
         tracked.driven_until_ns = monotonic_ns() + self._turns.timing.setpoint_ns
-        tracked.within_rad = order.within_rad
         tracked.stopping = False
 
     def _stop(self, tracked: Tracked, reason: str) -> None:
@@ -403,13 +424,8 @@ class Orders(Generic[W]):
             self._reset(motors)
             self._notices.append(OrderDone(ticket.number, ticket.motor, "reset"))
             return
-        detail = "an emergency stop came in between; its effect is unknown"
-        for job in list(self._jobs):
-            if isinstance(job, _Told) and job.ticket.motor in motors and job.ticket.order.kind not in ENDS_MOTION:
-                self._break_off(job, "estop_latched", detail)
-        for waiting in [t for t in self._waiting if t.motor in motors and t.order.kind not in ENDS_MOTION]:
-            if waiting in self._waiting:
-                self._drop(waiting, "estop_latched", "an emergency stop came before")
+        begun = "an emergency stop came in between; its effect is unknown"
+        self._call_off(motors, "estop_latched", begun, "an emergency stop came before")
         online = {motor for motor in motors if self._tracked[motor].online}
         self._stops.append(_Stopping(ticket, set(online)))
         self._to_halt |= online

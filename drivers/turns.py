@@ -6,7 +6,6 @@ exchange of a ``Job``, and everything that arrives meanwhile goes to the job, or
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any, Generic
 
 from drivers.bus import Bus
@@ -50,7 +49,6 @@ class Tracked:
     retry_ns: int = RETRY_FIRST_NS
     refusal: str = ""  # why it was not connected, as last told
     driven_until_ns: int = 0  # by a velocity or torque; 0: it is not
-    within_rad: tuple[float, float] = (-inf, inf)  # while it is driven
     stopping: bool = False  # a stop of our own is not acknowledged yet
     latched: bool = False  # by an emergency stop
 

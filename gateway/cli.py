@@ -9,6 +9,7 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -328,6 +329,8 @@ def _print_status(found: dict[str, Any], pid: int | None, *, verbose: bool) -> N
     console.print(f"kafka: {kafka['state']} {kafka['detail']}".rstrip())
     if found["journal"]["detail"]:
         console.print(f"journal: {found['journal']['detail']}")
+    if estop := found.get("estop"):
+        console.print(f"EMERGENCY STOP {_latch(estop)}; until: command * reset_estop", style="bold red")
     for bus in found["buses"]:
         late = "-" if bus["late_p50_us"] is None else f"{bus['late_p50_us']:.0f}/{bus['late_max_us']:.0f} us"
         state = "up" if bus["up"] else f"down: {bus['detail']}"
@@ -355,12 +358,22 @@ def _print_status(found: dict[str, Any], pid: int | None, *, verbose: bool) -> N
             )
         if motor["fault"]:
             console.print(f"{motor['motor']} fault: {motor['fault']}", style="bold red")
+        if latch := motor.get("latched"):
+            told = f"{motor['motor']} stopped {_latch(latch)}; until: command {motor['motor']} clear_fault"
+            console.print(told, style="bold red")
+
+
+def _latch(latch: dict[str, Any]) -> str:
+    """Who stopped it, when and why."""
+    when = datetime.fromtimestamp(latch["at_ns"] / SECOND, UTC).isoformat(timespec="seconds") if latch["at_ns"] else "?"
+    return f"since {when} by {latch['by']}: {latch['why']}"
 
 
 def _status_words(motor: dict[str, Any]) -> list[str]:
     """The status bits, all faults as one: they are explained below the table."""
     words = [name.lower() for name in motor["status"] if not name.startswith("FAULT_")]
-    return [*words, "fault"] if motor["fault"] else words
+    words += ["fault"] if motor["fault"] else []
+    return [*words, "latched"] if motor.get("latched") else words
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """``servo-gateway command``: give a command and wait for what comes of it."""
 
 import asyncio
+import sqlite3
 import sys
 from typing import Annotated, NamedTuple
 
@@ -11,7 +12,7 @@ from gateway import client, progress, units
 from gateway.cli_common import FAILED, ConfigFile, JsonOption, KafkaOption, load_config, to_json
 from gateway.commands import Outcome, State
 from gateway.events import ARM
-from gateway.log_reader import LogReader
+from gateway.log_reader import LogError, LogReader
 
 
 def command(
@@ -56,11 +57,19 @@ def command(
         asked = _ask(motor, kind, value, target or [], velocity)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    local = local or (asked.kind is Kind.ESTOP and client.runs_here(loaded))
-    sender = client.Client(loaded, issuer=sign or issuer, sign=sign is not None, local=local)
     goals = asked.goals if not as_json and wait and sys.stdout.isatty() else {}
-    telemetry = client.open_log(loaded, "telemetry", local=local) if goals else None
-    sys.exit(asyncio.run(_command(sender, asked, ttl, timeout, telemetry, wait=wait, as_json=as_json)))
+
+    def give(*, local: bool) -> int:
+        sender = client.Client(loaded, issuer=sign or issuer, sign=sign is not None, local=local)
+        telemetry = client.open_log(loaded, "telemetry", local=local) if goals else None
+        return asyncio.run(_command(sender, asked, ttl, timeout, telemetry, wait=wait, as_json=as_json))
+
+    if asked.kind is Kind.ESTOP and not local and loaded.kafka and client.runs_here(loaded):
+        try:  # no broker is in the way then
+            sys.exit(give(local=True))
+        except (OSError, sqlite3.Error, LogError) as error:
+            print(f"not through {loaded.arm.state_dir}: {error}; through Kafka", file=sys.stderr)
+    sys.exit(give(local=local))
 
 
 class _Asked(NamedTuple):

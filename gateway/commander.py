@@ -3,10 +3,10 @@
     record -> checks -> written down (committed) -> order to the worker -> acknowledged -> position reached -> done
 
 The order of the checks: readable, authorized (``gateway.auth``), known motor and kind, not seen before, not older than
-its ttl, clock not skewed, nothing latched, motor online, within limits. What was written down but whose effect is
-unknown (a crash in between) ends as ``failed/interrupted`` at the next start and is not sent again. While the disk
-takes nothing, what cannot be written down within its ttl ends as ``failed/not_recorded``; what ends a motion is sent
-all the same, and waits for nothing.
+its ttl, clock not skewed (but for ``UNTIMED``), nothing latched, motor online, within limits. What was written down but
+whose effect is unknown (a crash in between) ends as ``failed/interrupted`` at the next start and is not sent again.
+While the disk takes nothing, what cannot be written down within its ttl ends as ``failed/not_recorded``; what ends a
+motion is sent all the same, and waits for nothing.
 
 An emergency stop goes to every bus before anything else is done about it. It is done when each bus has said so and the
 latch is on the disk; until ``reset_estop``, also over restarts, only what stops motors is taken.
@@ -50,16 +50,23 @@ GROUP_LEAD_NS = 20 * MS
 """Motors of several buses begin this long after they are told: a few cycles, in which each bus prepares its own."""
 STOPS = ENDS_MOTION | {Kind.ESTOP}
 """Kinds that are taken whatever is latched, and whatever the journal says: harmless if repeated."""
+UNRECORDED = "the journal took nothing until its time was up; it was not sent"
+UNTIMED = frozenset({Kind.STOP, Kind.ESTOP})
+"""Kinds that are taken whatever the sender's clock says, if they are read live: they hold an arm, and drop nothing."""
 ARM_WIDE = frozenset({Kind.ESTOP, Kind.RESET_ESTOP})
 
 
 class Incoming(NamedTuple):
-    """A record of the commands topic, and where to go on reading once it is written down."""
+    """A record of the commands topic, and where to go on reading once it is written down.
+
+    ``live``: it came after the gateway began to read this source; else it may be a backlog.
+    """
 
     raw: bytes
     source: str
     partition: int
     next: int
+    live: bool = True
 
     @property
     def inbox(self) -> tuple[str, int, int]:
@@ -74,8 +81,10 @@ class _Active:
     command: Command
     read_at_ns: int  # monotonic
     values: dict[int, float]  # partition -> value; NaN: the kind takes none
+    sent: bool = False  # else it is being written down
     tickets: dict[int, frozenset[int]] = field(default_factory=dict)  # not answered: number -> partitions
     details: list[str] = field(default_factory=list)
+    took: set[int] = field(default_factory=set)  # partitions that have done what they were told
     failures: list[tuple[Reason, str]] = field(default_factory=list)
     under_way: set[int] = field(default_factory=set)  # partitions whose position is not reached
     arrive_by_ns: int = 0
@@ -114,7 +123,7 @@ class Commander:
         }
         self._recent: OrderedDict[str, CommandState] = OrderedDict()  # perhaps not committed yet
         self._active: list[_Active] = []
-        self._recording: set[asyncio.Task[None]] = set()
+        self._recording: set[asyncio.Future[None]] = set()
         self._saving: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
 
@@ -154,25 +163,23 @@ class Commander:
                 else:
                     waiting.append(active)
         if waiting:
-            recording = asyncio.create_task(self._dispatch_when_recorded(waiting))
-            self._recording.add(recording)
-            recording.add_done_callback(self._recording.discard)
+            self._record(waiting)
         if len(self._recording) > RECORDINGS:
             await asyncio.wait(self._recording, timeout=MOMENT_S, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _dispatch_when_recorded(self, waiting: Sequence[_Active]) -> None:
-        """Send commands once they are written down; those whose time is up before that are never sent."""
-        recorded = asyncio.create_task(self._writer.durable())
-        try:
-            for active in sorted(waiting, key=_left_ms):
-                await asyncio.wait({recorded}, timeout=max(0.0, _left_ms(active) / 1000))
-                if not recorded.done() and active in self._active:
-                    detail = "the journal took nothing until its time was up; it was not sent"
-                    self._end(active, State.FAILED, Reason.NOT_RECORDED, detail)
-        finally:
-            recorded.cancel()
-        for active in waiting:
-            self._dispatch(active)
+    def _record(self, waiting: Sequence[_Active]) -> None:
+        """Send commands once they are written down, each behind those before it."""
+        recording = asyncio.get_running_loop().create_future()
+        self._recording.add(recording)
+
+        def recorded() -> None:
+            self._recording.discard(recording)
+            if not recording.done():
+                recording.set_result(None)
+            for active in waiting:
+                self._dispatch(active)
+
+        self._writer.when_durable(recorded)
 
     def _admit(self, record: Incoming) -> _Active | None:
         """Check one record. Either it is written down as accepted, or it has its final outcome."""
@@ -187,7 +194,7 @@ class Commander:
             outcome = self._outcome(command, State.REJECTED, read_at_ns, Reason.UNAUTHORIZED, unauthorized)
             self._writer.read_upto(outcome.entry(self._partition(command.motor)), record.inbox)
             return None
-        if refusal := self._refusal(command):
+        if refusal := self._refusal(command, live=record.live):
             state, reason, detail = refusal
             outcome = self._outcome(command, state, read_at_ns, reason, detail)
             if self._may_be_known(command.id):  # what is remembered of the id stays as it is
@@ -222,7 +229,7 @@ class Commander:
         # the id is not remembered: nothing was asked for that a corrected record could repeat
         self._writer.read_upto(outcome.entry(self._partition(motor)), record.inbox)
 
-    def _refusal(self, command: Command) -> tuple[State, Reason, str] | None:
+    def _refusal(self, command: Command, *, live: bool) -> tuple[State, Reason, str] | None:
         """Why this command is not accepted; None if it is."""
         named = [command.motor] if command.motor != ARM else command.targets or ()
         if unknown := ", ".join(repr(name) for name in named if name not in self._partitions):
@@ -240,15 +247,8 @@ class Commander:
             seen = None  # harmless if repeated
         if seen:
             return State.REJECTED, Reason.DUPLICATE, f"id {command.id!r} was used before, at {seen.at_ns} ns"
-        age_ms = wall_age_ms(command.issued_at_ns)
-        if age_ms > command.ttl_ms:
-            detail = f"issued {age_ms:.0f} ms ago, was good for {command.ttl_ms:g} ms"
-            return State.EXPIRED, Reason.STALE, detail
-        if command.issued_at_ns < self._started_at_ns:
-            return State.EXPIRED, Reason.STALE, "issued before this run of the gateway began: a backlog moves nothing"
-        if age_ms < -SKEW_MS:
-            detail = f"issued {-age_ms:.0f} ms in the future (at most {SKEW_MS:.0f} ms): set the sender's clock"
-            return State.REJECTED, Reason.CLOCK_SKEW, detail
+        if not (live and command.kind in UNTIMED) and (untimely := self._untimely(command)):
+            return untimely
         views = [self._board.motors[partition] for partition in addressed]
         if latched := self._latched(command.kind, views):
             return latched
@@ -262,20 +262,39 @@ class Commander:
             return State.REJECTED, reason, "; ".join(detail for of, detail in beyond if of is reason)
         return None
 
+    def _untimely(self, command: Command) -> tuple[State, Reason, str] | None:
+        """Whether it comes too late, or from a clock that cannot be right."""
+        age_ms = wall_age_ms(command.issued_at_ns)
+        if age_ms > command.ttl_ms:
+            detail = f"issued {age_ms:.0f} ms ago, was good for {command.ttl_ms:g} ms"
+            return State.EXPIRED, Reason.STALE, detail
+        if command.issued_at_ns < self._started_at_ns:
+            return State.EXPIRED, Reason.STALE, "issued before this run of the gateway began: a backlog moves nothing"
+        if age_ms < -SKEW_MS:
+            detail = f"issued {-age_ms:.0f} ms in the future (at most {SKEW_MS:.0f} ms): set the sender's clock"
+            return State.REJECTED, Reason.CLOCK_SKEW, detail
+        return None
+
     def _latched(self, kind: Kind, views: Sequence[MotorView]) -> tuple[State, Reason, str] | None:
         """Whether something is latched that keeps a command from being taken."""
         if kind in STOPS or kind is Kind.RESET_ESTOP:
             return None
-        if estop := self._latches.estop:
+        if (estop := self._latches.estop) and not self._is_coming(Kind.RESET_ESTOP):
             detail = f"emergency stop by {estop.by}: {estop.why}; send reset_estop for * first"
             return State.REJECTED, Reason.ESTOP_LATCHED, detail
         for view in views:
             latch = self._latches.held.get(view.config.name)
             hot = view.hot and "over_temperature" in view.config.stop_on
-            if latch and (hot or kind is not Kind.CLEAR_FAULT):
+            cleared = kind is Kind.CLEAR_FAULT or self._is_coming(Kind.CLEAR_FAULT, view.config.partition)
+            if latch and (hot or not cleared):
                 remedy = "let it cool down first" if hot else "send clear_fault first"
                 return State.REJECTED, Reason.MOTOR_LATCHED, f"{view.config.name} was stopped: {latch.why}; {remedy}"
         return None
+
+    def _is_coming(self, kind: Kind, partition: int | None = None) -> bool:
+        """Whether a command of this kind is being written down: what follows it is meant for afterwards."""
+        waiting = [active for active in self._active if active.command.kind is kind and not active.sent]
+        return any(partition is None or partition in active.values for active in waiting)
 
     def _seen(self, command_id: str) -> CommandState | None:
         return self._recent.get(command_id) or self._journal.command(command_id)
@@ -315,9 +334,17 @@ class Commander:
     # -- on the way ----------------------------------------------------------------------------------------------
 
     def _supersede(self, newer: _Active) -> None:
-        """A setpoint under way gives way to a newer one, and to anything that ends the motion."""
+        """A setpoint under way gives way to a newer one, and to anything that ends the motion.
+
+        What ends a motion is sent ahead of what is being written down: an ``enable`` there must not follow a disable.
+        """
+        by = f"by {newer.command.id!r}"
         if newer.command.kind in OVERTAKES:
-            self._end_setpoints(newer.values, State.SUPERSEDED, Reason.NEWER_COMMAND, f"by {newer.command.id!r}")
+            self._end_setpoints(newer.values, State.SUPERSEDED, Reason.NEWER_COMMAND, by)
+        if newer.command.kind is Kind.DISABLE:
+            for older in [a for a in self._active if a.command.kind is Kind.ENABLE and not a.sent]:
+                if not newer.values.keys().isdisjoint(older.values):
+                    self._end(older, State.SUPERSEDED, Reason.NEWER_COMMAND, by)
         self._active.append(newer)
 
     def _end_setpoints(self, motors: Iterable[int], state: State, reason: Reason, detail: str) -> None:
@@ -330,8 +357,16 @@ class Commander:
     def _dispatch(self, active: _Active) -> None:
         if active not in self._active:  # overtaken while it was written down
             return
+        active.sent = True
+        if active.command.kind not in STOPS and _left_ms(active) < 0:
+            self._end(active, State.FAILED, Reason.NOT_RECORDED, UNRECORDED)
+            return
         if active.command.kind is Kind.RESET_ESTOP:
             self._reset_all(active)
+            return
+        if latched := self._latched(active.command.kind, [self._board.motors[p] for p in active.values]):  # meanwhile
+            _, reason, detail = latched
+            self._end(active, State.FAILED, reason, detail)
             return
         if active.command.kind is Kind.CLEAR_FAULT:
             self._release(active)
@@ -345,7 +380,7 @@ class Commander:
         for ticket in tickets:
             bus = self._board.motors[ticket.motor].config.bus
             if not self._send(bus, ticket):
-                self._answered(active, ticket.number, (Reason.OVERLOADED, f"bus {bus!r} takes no orders now"))
+                self._failed(active, ticket.number, Reason.OVERLOADED, f"bus {bus!r} takes no orders now")
         if not tickets:
             self._settle(active)
 
@@ -360,7 +395,7 @@ class Commander:
         for partition in online:
             config = self._board.motors[partition].config
             speed = command.velocity_rad_s if command.velocity_rad_s is not None else config.velocity_rad_s
-            order = Order(command.kind, active.values[partition], speed, config.position_rad)
+            order = Order(command.kind, active.values[partition], speed)
             ticket = Ticket(next(self._numbers), partition, order, expires_ns)
             if group:
                 ticket = replace(ticket, group=group, size=sizes[config.bus], not_before_ns=not_before_ns)
@@ -374,18 +409,19 @@ class Commander:
                 self._board.motors[notice.motor].status |= Status.ENABLED
             elif active.command.kind is Kind.DISABLE:
                 self._board.motors[notice.motor].status &= ~Status.ENABLED
-            self._answered(active, notice.ticket, None, notice.detail)
+            active.took |= {p for p in active.tickets[notice.ticket] if self._board.motors[p].online}
+            self._answered(active, notice.ticket, None, "" if active.command.kind is Kind.ESTOP else notice.detail)
 
     def order_failed(self, notice: OrderFailed) -> None:
         """A motor, or its worker, refused an order."""
         if active := self._of(notice.ticket):
-            self._answered(active, notice.ticket, (_reason(notice.reason), notice.detail))
+            self._failed(active, notice.ticket, _reason(notice.reason), notice.detail)
 
     def worker_gone(self, partitions: Sequence[int]) -> None:
         """The worker of these motors died; what it had been told has an unknown effect."""
         for active in list(self._active):
             for number in [n for n, motors in active.tickets.items() if not motors.isdisjoint(partitions)]:
-                self._answered(active, number, (Reason.INTERRUPTED, "the bus worker died; the effect is unknown"))
+                self._failed(active, number, Reason.INTERRUPTED, "the bus worker died; the effect is unknown")
 
     def moved(self, views: Sequence[MotorView]) -> None:
         """New samples of these motors: has one arrived?"""
@@ -396,7 +432,9 @@ class Commander:
             self._settle(active)
 
     def check_deadlines(self) -> None:
-        """Fail positions that take too long; call several times a second."""
+        """Fail what is not written down in time, and positions that take too long; call several times a second."""
+        for active in [a for a in self._active if not a.sent and _left_ms(a) < 0]:
+            self._end(active, State.FAILED, Reason.NOT_RECORDED, UNRECORDED)
         for active in [a for a in self._active if a.under_way]:
             late = monotonic_ns() > active.arrive_by_ns
             for partition in sorted(active.under_way):
@@ -420,6 +458,12 @@ class Commander:
     def _of(self, ticket: int) -> _Active | None:
         return next((a for a in self._active if ticket in a.tickets), None)
 
+    def _failed(self, active: _Active, number: int, reason: Reason, detail: str) -> None:
+        """A ticket has failed; of several, it is told whose."""
+        named = [self._name(partition) for partition in sorted(active.tickets[number])]
+        told = f"{named[0]}: {detail}" if len(active.values) > 1 and len(named) == 1 else detail
+        self._answered(active, number, (reason, told))
+
     def _answered(self, active: _Active, number: int, failure: tuple[Reason, str] | None, detail: str = "") -> None:
         del active.tickets[number]
         if failure:
@@ -435,14 +479,23 @@ class Commander:
         """End a command that waits for nothing any more."""
         if active.tickets or active.under_way:
             return
-        if active.failures:
-            reason = active.failures[0][0]
-            self._end(active, State.FAILED, reason, "; ".join(dict.fromkeys(detail for _, detail in active.failures)))
-        else:
-            self._end(active, State.DONE, None, "; ".join(dict.fromkeys(filter(None, active.details))))
+        if not active.failures:
+            details = [self._stopped(active)] if active.command.kind is Kind.ESTOP else active.details
+            self._end(active, State.DONE, None, "; ".join(dict.fromkeys(filter(None, details))))
+            return
+        told = [detail for _, detail in active.failures]
+        if len(active.values) > 1:  # the others do as they were told, or have done so
+            taken = ", ".join(self._name(partition) for partition in sorted(active.took))
+            told += [f"taken by {taken}"] if taken else active.details
+        self._end(active, State.FAILED, active.failures[0][0], "; ".join(dict.fromkeys(told)))
+
+    def _stopped(self, active: _Active) -> str:
+        offline = [self._name(partition) for partition in sorted(active.values.keys() - active.took)]
+        return f"latched; {len(active.took)} stopped" + (f"; offline: {', '.join(offline)}" if offline else "")
 
     def _await_arrival(self, active: _Active) -> None:
-        active.details.clear()  # that it has begun is nothing to tell when it has arrived
+        active.details.clear()  # that they have begun is nothing to tell when they have arrived
+        active.took.clear()
         active.under_way = set(active.values)
         ways_s = []
         for partition, value in active.values.items():
@@ -590,8 +643,10 @@ def _reason(word: str) -> Reason:
 
 
 def _left_ms(active: _Active) -> float:
-    """How long a command is still good; its sender's clock may be ahead."""
+    """How long a command is still good; its sender's clock may be ahead, or not count (``UNTIMED``)."""
     command = active.command
+    if command.kind in UNTIMED:
+        return command.ttl_ms - _since_us(active.read_at_ns) / 1000
     return min(command.ttl_ms - wall_age_ms(command.issued_at_ns), command.ttl_ms)
 
 

@@ -34,14 +34,20 @@ async def follow(
     """Hand every command behind ``starts`` ({partition: offset}) on to ``handle`` while ``ours()``, until cancelled."""
     assert config.kafka is not None  # noqa: S101  the composition root follows no topic otherwise
     positions = dict(starts)
+    ends: dict[int, int] = {}
     told = False
     while True:
-        while not ours():  # noqa: ASYNC110  the claim lapses by the clock
+        while not ours():
+            ends.clear()  # meanwhile another gateway takes what comes
             await asyncio.sleep(CLAIM_S)
         try:
             partitions = await kafka.partitions_of(config.kafka, config.topic("commands"))
             async with kafka.running(_consumer(config.kafka)) as consumer:
                 await kafka.assign(consumer, {tp: positions.get(tp.partition, -1) for tp in partitions})
+                for tp, end in (
+                    await consumer.end_offsets([tp for tp in partitions if tp.partition not in ends])
+                ).items():
+                    ends[tp.partition] = end
                 told = False
                 while True:
                     found = await consumer.getmany(timeout_ms=1000, max_records=MOST_RECORDS)
@@ -49,7 +55,7 @@ async def follow(
                         break
                     records = [record for records in found.values() for record in records]
                     if records:
-                        await handle([_incoming(record) for record in records])
+                        await handle([_incoming(record, ends) for record in records])
                         positions.update({record.partition: record.offset + 1 for record in records})
         except kafka.TopicMismatch:
             log.debug("the commands topic is not there yet; the publisher makes it")
@@ -68,5 +74,7 @@ def _consumer(settings: Kafka) -> AIOKafkaConsumer:
     return AIOKafkaConsumer(**kafka.client_options(settings), enable_auto_commit=False, auto_offset_reset="earliest")
 
 
-def _incoming(record: ConsumerRecord) -> Incoming:
-    return Incoming(record.value or b"", SOURCE, record.partition, record.offset + 1)
+def _incoming(record: ConsumerRecord, ends: Mapping[int, int]) -> Incoming:
+    """``ends``: {partition: its end when this gateway began to take commands}."""
+    live = record.offset >= ends.get(record.partition, 0)
+    return Incoming(record.value or b"", SOURCE, record.partition, record.offset + 1, live)

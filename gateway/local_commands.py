@@ -49,6 +49,11 @@ def _newest(db: sqlite3.Connection) -> int:
     return newest
 
 
+def _incoming(offset: int, value: bytes, backlog: int) -> Incoming:
+    """``backlog``: the newest offset that was there before anything was read."""
+    return Incoming(value, SOURCE, 0, offset + 1, live=offset > backlog)
+
+
 async def follow(path: Path, start: int, handle: Callable[[Sequence[Incoming]], Awaitable[None]]) -> None:
     """Hand every command from offset ``start`` on to ``handle``, until cancelled.
 
@@ -57,7 +62,7 @@ async def follow(path: Path, start: int, handle: Callable[[Sequence[Incoming]], 
     db = sqlite3.connect(path, isolation_level=None, timeout=2.0)
     try:
         _prepare(db)
-        if start > _newest(db) + 1:
+        if start > (backlog := _newest(db)) + 1:
             log.warning("%s: is a new file: read from its beginning", path)
             start = 1
         version = -1
@@ -70,7 +75,7 @@ async def follow(path: Path, start: int, handle: Callable[[Sequence[Incoming]], 
                     version = version if rows else newest
                     if rows:
                         start = rows[-1][0] + 1
-                        await handle([Incoming(bytes(value), SOURCE, 0, number + 1) for number, value in rows])
+                        await handle([_incoming(number, bytes(value), backlog) for number, value in rows])
                         continue
             except sqlite3.Error as error:
                 log.warning("%s: %s", path, error)

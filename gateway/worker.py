@@ -2,7 +2,8 @@
 
 Started by the gateway as ``python -m gateway.worker FD``; its plan is the first datagram on the link. Blocking I/O,
 no asyncio, no Kafka, no journal. It ends when the gateway's end of the link is closed, so a killed gateway leaves no
-worker behind, and an order that waited too long in the link is refused by its deadline (``drivers.cycle``).
+worker behind, nor a motor that runs at a velocity or torque; an order that waited too long in the link is refused by
+its deadline (``drivers.cycle``).
 """
 
 import contextlib
@@ -33,6 +34,7 @@ from gateway.tap import Tap
 
 RETRY_FIRST_NS = 100 * MS
 RETRY_MOST_NS = 2 * SECOND
+LEAVE_NS = 200 * MS
 TELL_FIRST_NS = 1 * SECOND
 TELL_MOST_NS = 60 * SECOND
 REALTIME_PRIORITY = 20
@@ -116,6 +118,9 @@ class Worker:
             troubles = Troubles(bus)
             try:
                 self._run_cycles(troubles)
+            except GatewayGone:
+                self._cycle.leave(after(monotonic_ns(), LEAVE_NS))
+                raise
             finally:
                 self._tell(troubles)  # what led to the end
                 self._tap.flush()

@@ -15,7 +15,6 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
@@ -96,7 +95,7 @@ class _Piece:
     """What was numbered together, and who waits for it to be saved."""
 
     changes: Changes = field(default_factory=Changes)
-    durable: list[Future[None]] = field(default_factory=list)
+    durable: list[Callable[[], None]] = field(default_factory=list)
     told: bool = False
 
     def telemetry_bytes(self) -> int:
@@ -219,13 +218,20 @@ class LogWriter:
         if self._idle:
             self._wake.notify()
 
-    async def durable(self) -> None:
-        """Return when everything appended so far is committed; it is, without waiting for the flush interval."""
-        done: Future[None] = Future()
+    def when_durable(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called on the event loop when everything appended so far is committed, in the order of asking.
+
+        It is committed without waiting for the flush interval.
+        """
         with self._wake:
-            self._gathering.durable.append(done)
+            self._gathering.durable.append(call)
             self._wake.notify()
-        await asyncio.wrap_future(done)
+
+    async def durable(self) -> None:
+        """Return when everything appended so far is committed."""
+        done = self._loop.create_future()
+        self.when_durable(lambda: None if done.done() else done.set_result(None))
+        await done
 
     def relieve(self) -> None:
         """Call several times a second: while the disk is sick, what is pending gets its numbers and is told unsaved."""
@@ -470,9 +476,8 @@ class LogWriter:
                 log.warning("journal %s: writable again", self._journal.path)
                 self._tell(self._listener.disk_recovered)
         for piece in work:
-            for done in piece.durable:  # after the listener: who waits finds it told
-                if done.set_running_or_notify_cancel():  # else nobody waits any more
-                    done.set_result(None)
+            for call in piece.durable:  # after the listener: who waits finds it told
+                self._tell(call)
 
     def _fail(self, error: str) -> None:
         """From now on everything is told unsaved. The lock is held."""

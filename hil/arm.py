@@ -151,9 +151,9 @@ class Arm:
                     continue
         return {pid: command for pid, command in found.items() if "guard.py" not in command}
 
-    def worker_of(self, serial_bus: str) -> int:
-        """Process id of the worker that has this simulated serial bus open."""
-        terminal = str((self.state / "sim" / serial_bus).readlink())
+    def worker_of(self, serial_bus: str, links: Path | None = None) -> int:
+        """Process id of the worker that has this simulated serial bus open, at its own links or at others."""
+        terminal = str(((links or self.state / "sim") / serial_bus).readlink())
         for pid, command in self.processes().items():
             if "gateway.worker" in command and terminal in _open_files(pid):
                 return pid

@@ -28,7 +28,7 @@ continued") and in the canopen library's profiles/p402.py.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from math import isfinite, isnan, nan, tau
 from typing import Any, Final, NamedTuple
@@ -347,11 +347,14 @@ class Cia402(Family[CanFrame, CanFrame]):
         if heartbeat_ms not in (None, known.options.heartbeat_ms):
             yield from self._write(bus_id, HEARTBEAT_TIME, known.options.heartbeat_ms)
         yield send_nmt(Nmt.START, bus_id)
-        yield from self._read_state(bus_id)
+        state = yield from self._read_state(bus_id)
+        driven = False
+        if state == State.ENABLED and (yield from self._read_if_there(bus_id, MODE_DISPLAY)) == Mode.PV:
+            driven = (yield from self._read_if_there(bus_id, TARGET_VELOCITY)) != 0
         yield from self._refresh(bus_id, known)
         self._senders |= dict.fromkeys(known.tpdos, bus_id)
         known.connected = True
-        return info
+        return replace(info, driven=driven)
 
     def _write_pdos(self, bus_id: int, known: _Known) -> Procedure[CanFrame, CanFrame, None]:
         """Make the drive send what ``Options.tpdos`` says at each SYNC, and no other TPDO; take setpoints at a SYNC."""

@@ -439,7 +439,11 @@ class Damiao(Family[CanFrame, CanFrame]):
             wrong = f"motor {bus_id}: position_rad is {low:g} to {high:g}, and its positions wrap at {scale.pmax_rad:g}"
             raise MotorRefused("refused", f"{wrong}: set limits inside, or a larger PMAX (register 21) of the motor")
         known.scale, known.mode = scale, int(info.details[Rid.CTRL_MODE.name])
-        return info
+        try:
+            present = yield from self._command(bus_id, make_refresh(bus_id))
+        except MotorRefused:
+            return None
+        return replace(info, driven=present.state == State.ENABLED and known.mode in {Mode.MIT, Mode.VEL})
 
     def _introduce(self, bus_id: int) -> Procedure[CanFrame, CanFrame, tuple[int, MotorInfo] | None]:
         """The arbitration id of the motor's replies, and what it says of itself; None if it keeps silent."""

@@ -133,9 +133,13 @@ class _Goal(NamedTuple):
         """The registers' bytes."""
         return self.layout.pack(*self.values)
 
+    def read(self, block: bytes) -> tuple[int, ...]:
+        """What the registers hold, from ``GOALS`` as they were read."""
+        return self.layout.unpack_from(block, self.register - GOALS.address)
+
     def check(self, block: bytes) -> None:
         """Raise MotorRefused unless ``GOALS``, as they were read, hold it."""
-        read = self.layout.unpack_from(block, self.register - GOALS.address)
+        read = self.read(block)
         if read != self.values:
             sent, got = (" and ".join(map(str, numbers)) for numbers in (self.values, read))
             named = f"{self.register.name.lower()} (register {self.register})"
@@ -279,7 +283,13 @@ class Dynamixel2(Family[bytes, Packet]):
                 "min_position_rad": decode_position(state.min_position),
                 "max_position_rad": decode_position(state.max_position),
             }
-        return MotorInfo(model, str(firmware), details)
+        return MotorInfo(model, str(firmware), details, driven=(yield from self._is_driven(bus_id, state)))
+
+    def _is_driven(self, bus_id: int, state: State) -> Procedure[bytes, Packet, bool]:
+        """Whether it has a goal, in a mode that holds no position, and may follow it."""
+        if not state.torque_enable or state.mode not in STANDSTILL or state.watchdog == WATCHDOG_EXPIRED:
+            return False
+        return _Goal(*STANDSTILL[state.mode], (0,)).read((yield from self._read(bus_id, GOALS))) != (0,)
 
     def refresh(self, bus_id: int) -> Procedure[bytes, Packet, None] | None:
         """See whether the torque is still on, and what an alert is about; nothing to do in most turns."""

@@ -441,7 +441,8 @@ class FeetechSts(Family[bytes, Packet]):
         details = {"mode": state.mode, "response_level": level, "return_delay_us": delay * 2}
         if low < high:
             details |= {"min_position_rad": decode_position(low), "max_position_rad": decode_position(high)}
-        return MotorInfo(MODELS.get(model, f"model {model}"), f"{major}.{minor}", details)
+        driven = state.torque_enable == 1 and state.mode == Mode.VELOCITY and state.goal_speed != 0
+        return MotorInfo(MODELS.get(model, f"model {model}"), f"{major}.{minor}", details, driven=driven)
 
     def refresh(self, bus_id: int) -> Procedure[bytes, Packet, None]:
         """See whether the torque is still on; silence is left to ``poll`` to notice."""
@@ -486,13 +487,16 @@ class FeetechSts(Family[bytes, Packet]):
         return ready.told
 
     def halt(self, bus_ids: Iterable[int]) -> Exchange[bytes, Packet]:
-        """One sync write: no speed in velocity mode, and in position mode the place where each was seen last."""
+        """One sync write: no speed in velocity mode, and in position mode the place where each was seen last.
+
+        In a mode that is in doubt, goals that are harmless in both.
+        """
         goals = {}
         for bus_id in bus_ids:
             known = self._known[bus_id]
             if known.enabled and known.mode in {Mode.POSITION, Mode.VELOCITY}:
-                hold = encode_approach_speed(HOLD_VELOCITY_RAD_S)
-                goals[bus_id] = Goal(known.step, hold if known.mode == Mode.POSITION else 0)
+                speed = encode_approach_speed(HOLD_VELOCITY_RAD_S) if known.mode == Mode.POSITION else 0
+                goals[bus_id] = Goal(known.step, CREEP_STEP_S if known.offset_step is None else speed)
         return _write_goals(goals)
 
     def _enable(self, bus_id: int) -> Procedure[bytes, Packet, str]:

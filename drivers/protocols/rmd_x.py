@@ -420,7 +420,9 @@ class RmdX(Family[CanFrame, CanFrame]):
         except MotorRefused:
             return None
         details = {"operating_mode": float(loop), "brake_released": float(status.brake_released)}
-        return MotorInfo(f"RMD-{decode_model(model) if model else 'X'}", str(decode_long(version)), details)
+        named = f"RMD-{decode_model(model) if model else 'X'}"
+        driven = loop in {Loop.CURRENT, Loop.SPEED}
+        return MotorInfo(named, str(decode_long(version)), details, driven=driven)
 
     def refresh(self, bus_id: int) -> Procedure[CanFrame, CanFrame, None]:
         """Read loop, voltage and errors again; silence is left to ``poll`` to notice."""

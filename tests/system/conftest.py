@@ -1,12 +1,17 @@
 """Arms for system tests: each a gateway process of its own, none of which may leave anything behind."""
 
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
-from hil.arm import SAMPLE_CONFIG, Arm
+from drivers.clock import SECOND, after, left_s, monotonic_ns, sleep_until
+from hil.arm import COMMAND, SAMPLE_CONFIG, Arm
+
+WITHIN_S = 30
 
 
 class MakeArm(Protocol):
@@ -42,3 +47,24 @@ def make_arm(tmp_path: Path, arm_name: str) -> Iterator[MakeArm]:
     yield make
     left = [process for arm in made for process in arm.close()]
     assert not left, f"the gateway left processes behind: {left}"
+
+
+@pytest.fixture
+def links(tmp_path: Path) -> Iterator[Path]:
+    """The directory with the links of a running ``servo-gateway simulate``."""
+    links = tmp_path / "links"
+    config = tmp_path / "arm.toml"
+    config.write_text(SAMPLE_CONFIG.read_text().replace('motion = "wave"', 'motion = "still"'))
+    faults = tmp_path / "faults.toml"
+    process = subprocess.Popen([*COMMAND, "simulate", str(config), "--link", str(links), "--faults", str(faults)])
+    try:
+        deadline = after(monotonic_ns(), WITHIN_S * SECOND)
+        while not all((links / bus).exists() for bus in ("can0", "serial0")):
+            assert process.poll() is None
+            assert left_s(deadline)
+            sleep_until(after(monotonic_ns(), SECOND // 50))
+        yield links
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(WITHIN_S) == 0
+    assert not list(links.iterdir())

@@ -63,6 +63,16 @@ def events(arm: Arm, kind: str, motor: str = "*") -> list[dict[str, Any]]:
     return [event for event in records(arm, "events") if (event["type"], event["motor"]) == (kind, motor)]
 
 
+def put_on_links(arm: Arm, links: Path) -> None:
+    """Let the arm run on what ``servo-gateway simulate`` hosts at these links, as on real adapters."""
+    text = arm.config.read_text()
+    head, tail = text.split("[simulation]", 1)
+    text = head + tail[tail.index("[[bus]]") :]
+    text = text.replace('interface = "virtual"\nchannel = "can0"', f'interface = "slcan"\nchannel = "{links / "can0"}"')
+    text = text.replace('type = "serial"', f'type = "serial"\nport = "{links / "serial0"}"')
+    arm.config.write_text(text)
+
+
 def wait_event(arm: Arm, kind: str, motor: str = "*", count: int = 1) -> dict[str, Any]:
     """The ``count``-th event of this type and motor, once it is in Kafka."""
     found: list[dict[str, Any]] = []

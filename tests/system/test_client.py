@@ -140,6 +140,19 @@ def test_with_the_broker_away_an_estop_is_done_and_anything_else_ends_in_time(
     own_broker.resume()
 
 
+def test_an_estop_goes_through_kafka_where_the_state_directory_takes_nothing(make_arm: MakeArm, kafka: Kafka) -> None:
+    arm = make_arm(kafka.bootstrap, motion="still")
+    arm.start()
+    arm.wait_status(lambda status: status["kafka"]["state"] == "up", "kafka is there")
+    for name in ("commands.db", "commands.db-wal", "commands.db-shm"):
+        (arm.state / name).unlink(missing_ok=True)
+    (arm.state / "commands.db").mkdir()
+    estop = arm.order("*", "estop")
+    assert "* done latched; 6 stopped" in estop.stdout
+    assert "through Kafka" in estop.stderr
+    assert estop.returncode == 0
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,35 +12,15 @@ import scservo_sdk
 from damiao_motor import DaMiaoController
 
 from drivers.clock import SECOND, after, left_s, monotonic_ns, sleep_until
-from hil.arm import COMMAND, SAMPLE_CONFIG, Arm
+from hil.arm import COMMAND, Arm
 from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
+from tests.system.rig import put_on_links
 
 WITHIN_S = 30
 
 
 # --- simulate ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def links(tmp_path: Path) -> Iterator[Path]:
-    """The directory with the links of a running ``servo-gateway simulate``."""
-    links = tmp_path / "links"
-    config = tmp_path / "arm.toml"
-    config.write_text(SAMPLE_CONFIG.read_text().replace('motion = "wave"', 'motion = "still"'))
-    faults = tmp_path / "faults.toml"
-    process = subprocess.Popen([*COMMAND, "simulate", str(config), "--link", str(links), "--faults", str(faults)])
-    try:
-        deadline = after(monotonic_ns(), WITHIN_S * SECOND)
-        while not all((links / bus).exists() for bus in ("can0", "serial0")):
-            assert process.poll() is None
-            assert left_s(deadline)
-            sleep_until(after(monotonic_ns(), SECOND // 50))
-        yield links
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(WITHIN_S) == 0
-    assert not list(links.iterdir())
 
 
 class _Port(scservo_sdk.PortHandler):  # type: ignore[misc]  # published without types
@@ -87,12 +66,7 @@ def test_damiao_motor_reads_the_motors_at_the_link(links: Path) -> None:
 
 def test_gateway_without_simulation_runs_on_the_links_as_on_real_adapters(links: Path, make_arm: MakeArm) -> None:
     arm = make_arm()
-    text = arm.config.read_text()
-    head, tail = text.split("[simulation]", 1)
-    text = head + tail[tail.index("[[bus]]") :]
-    text = text.replace('interface = "virtual"\nchannel = "can0"', f'interface = "slcan"\nchannel = "{links / "can0"}"')
-    text = text.replace('type = "serial"', f'type = "serial"\nport = "{links / "serial0"}"')
-    arm.config.write_text(text)
+    put_on_links(arm, links)
     arm.start()
     assert {motor["model"] for motor in arm.status()["motors"]} == {"Damiao", "STS3215"}
     moved = arm.order("joint4", "position", "0.4")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -21,7 +22,7 @@ from hil.arm import MOTORS, SAMPLE_CONFIG, Arm
 from hil.kafka import Broker
 from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
-from tests.system.rig import pass_time, produce, see
+from tests.system.rig import pass_time, produce, put_on_links, see
 
 SPEED_RAD_S = 0.2
 STILL_RAD_S = 0.02
@@ -108,6 +109,8 @@ def test_emergency_stop_stops_all_motors_and_holds_over_kill_and_restart_until_i
     arm.kill()
     arm.start()
     assert arm.status()["estop"]["why"].startswith("command ")
+    assert "EMERGENCY STOP since " in arm.cli("status", str(arm.config)).stdout
+    assert json.loads(arm.cli("status", str(arm.config), "--json").stdout)["estop"]["by"] == "local"
     give(arm, "refused", "joint6", "velocity", value=SPEED_RAD_S)
     state, reason, detail = final(arm, "refused")
     assert (state, reason) == ("rejected", "estop_latched")
@@ -168,6 +171,8 @@ def test_motor_that_gets_too_hot_stops_by_itself_until_its_fault_is_cleared(make
     arm.wait_status(lambda status: speeds(status)["joint6"] < STILL_RAD_S, "the hot one stands")
     assert speeds(arm.status())["joint5"] > STILL_RAD_S
     assert arm.status()["motors"][5]["latched"]["why"] == "67 C, limit 65 C"
+    shown = " ".join(arm.cli("status", str(arm.config)).stdout.split())  # it may be wrapped
+    assert re.search("joint6 stopped since .* by gateway: 67 C, limit 65 C; until: command joint6 clear_fault", shown)
     give(arm, "hot", "joint6", "clear_fault")
     assert final(arm, "hot")[:2] == ("rejected", "motor_latched")
     arm.play({"joint6": "temperature_c = 30"})
@@ -238,6 +243,37 @@ def test_stream_of_velocities_that_ends_leaves_the_motors_stopped(make_arm: Make
     arm.wait(lambda: stopped() == sorted(MOTORS), "every motor is stopped")
     wait_all_still(arm)
     assert min(motor["position_rad"] for motor in arm.status()["motors"]) > STILL_RAD
+
+
+def stops_told(arm: Arm, motor: str) -> list[str]:
+    return [
+        event["reason"] for event in kept(arm, "events") if (event["type"], event["motor"]) == ("motor.stopped", motor)
+    ]
+
+
+@pytest.mark.parametrize("killed", ["worker", "gateway", "both"])
+def test_motor_without_a_watchdog_does_not_run_on_when_what_commands_it_is_killed(
+    make_arm: MakeArm, patient: Path, links: Path, killed: str
+) -> None:
+    arm = make_arm(sample=patient)
+    put_on_links(arm, links)
+    arm.start()
+    give(arm, "run", "joint4", "velocity", value=SPEED_RAD_S)
+    assert final(arm, "run")[0] == "done"
+    arm.wait_status(lambda status: speeds(status)["joint4"] > SPEED_RAD_S / 2, "it runs")
+    worker = arm.worker_of("serial0", links)
+    if killed != "gateway":
+        os.kill(worker, signal.SIGSTOP if killed == "both" else signal.SIGKILL)
+    if killed != "worker":
+        arm.kill()
+        if killed == "both":
+            os.kill(worker, signal.SIGKILL)
+        arm.start()
+    found_running = killed != "gateway"  # a worker that outlives its gateway stops what it drove
+    arm.wait(lambda: len(stops_told(arm, "joint4")) == found_running, "told that it is stopped")
+    assert all("found running" in reason for reason in stops_told(arm, "joint4"))
+    arm.wait_status(lambda status: speeds(status)["joint4"] < STILL_RAD_S, "it stands")
+    assert [motor for motor in MOTORS if motor != "joint4" and stops_told(arm, motor)] == []
 
 
 # --- records that are no commands -------------------------------------------------------------------------------------

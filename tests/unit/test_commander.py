@@ -158,7 +158,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_position_is_accepted_then_done_when_the_motor_is_there(rig: Rig) -> None:
     await rig.give("a", value=1.0, velocity_rad_s=2.0)
     (ticket,) = rig.sent
-    assert (ticket.motor, ticket.order) == (0, Order(Kind.POSITION, 1.0, 2.0, within_rad=(-1.0, 1.5)))
+    assert (ticket.motor, ticket.order) == (0, Order(Kind.POSITION, 1.0, 2.0))
     rig.done()
     assert await rig.states("a") == [State.ACCEPTED]
     rig.told({0: 0.97, 1: 1.0})
@@ -222,10 +222,16 @@ async def test_sick_disk_holds_up_motions_but_not_what_ends_them(rig: Rig) -> No
     assert rig.sent[1].order.kind == Kind.POSITION
 
 
+def commander_ends(rig: Rig, command_id: str) -> bool:
+    """Whether a command has ended, as the gateway looks several times a second."""
+    rig.commander.check_deadlines()
+    return command_id not in [active.command.id for active in rig.commander._active]
+
+
 async def test_motion_that_is_not_written_down_within_its_ttl_is_never_sent(rig: Rig) -> None:
     with locked(rig):
-        await rig.give("move", ttl_ms=200)
-        await rig.commander.handle([rig.record("stop", "joint2", kind="stop")])
+        await rig.commander.handle([rig.record("move", ttl_ms=200), rig.record("stop", "joint2", kind="stop")])
+        await until(lambda: commander_ends(rig, "move"))
         assert [ticket.order.kind for ticket in rig.sent] == [Kind.STOP]
     assert (await rig.final("move"))[:2] == (State.FAILED, Reason.NOT_RECORDED)
     assert len(rig.sent) == 1
@@ -316,9 +322,38 @@ async def test_refusal_says_what_is_wrong_and_what_would_be_right(
     assert await rig.states("a") == [state]
 
 
-async def test_velocity_goes_to_the_worker_with_the_range_that_it_is_good_for(rig: Rig) -> None:
+@pytest.mark.parametrize("kind", [Kind.ESTOP, Kind.STOP])
+@pytest.mark.parametrize("off_ns", [-1000 * HOUR_NS, -HOUR_NS, HOUR_NS])
+async def test_what_holds_an_arm_is_taken_live_whatever_the_senders_clock_says(
+    rig: Rig, kind: Kind, off_ns: int
+) -> None:
+    record = rig.record("e", "*", kind=kind, issued_at_ns=epoch_ns() + off_ns, ttl_ms=1000)
+    await rig.handle([record])
+    assert rig.newest() == kind
+    if kind is Kind.STOP:
+        assert rig.sent[-1].expires_ns > monotonic_ns()  # the worker is to take it, too
+    await rig.handle([record])
+    await rig.writer.durable()
+    assert [outcome.reason for outcome in await duplicates(rig, "e")] == [Reason.DUPLICATE]
+
+
+@pytest.mark.parametrize("kind", [Kind.ESTOP, Kind.STOP])
+@pytest.mark.parametrize("off_ns", [-HOUR_NS, HOUR_NS])
+async def test_what_holds_an_arm_is_refused_as_a_backlog_like_any_other(rig: Rig, kind: Kind, off_ns: int) -> None:
+    record = rig.record("e", "*", kind=kind, issued_at_ns=epoch_ns() + off_ns)
+    await rig.handle([record._replace(live=False)])
+    assert (await rig.final("e"))[1] in (Reason.STALE, Reason.CLOCK_SKEW)
+    assert rig.sent == []
+
+
+async def test_disable_is_no_hold_and_is_never_taken_late(rig: Rig) -> None:
+    await rig.give("a", kind="disable", issued_at_ns=epoch_ns() - HOUR_NS)
+    assert (await rig.final("a"))[1] is Reason.STALE
+
+
+async def test_velocity_goes_to_the_worker_and_is_done_when_the_motor_took_it(rig: Rig) -> None:
     await rig.give("a", kind="velocity", value=-5.0)
-    assert rig.sent[0].order == Order(Kind.VELOCITY, -5.0, 5.0, within_rad=(-1.0, 1.5))
+    assert rig.sent[0].order == Order(Kind.VELOCITY, -5.0, 5.0)
     rig.done(detail="turning")
     assert await rig.final("a") == (State.DONE, None, "turning")
 
@@ -500,13 +535,34 @@ async def test_targets_need_all_their_motors(rig: Rig) -> None:
     assert rig.sent == []
 
 
+async def test_targets_that_fail_on_one_bus_say_who_goes_on(rig: Rig) -> None:
+    await rig.give("a", "*", value=None, targets=BOTH)
+    rig.done(0)
+    rig.failed(1, "no_reply", "kept silent when it was fired")
+    detail = "joint2: kept silent when it was fired; taken by joint1"
+    assert await rig.final("a") == (State.FAILED, Reason.NO_REPLY, detail)
+
+
+async def test_emergency_stop_counts_the_motors_of_all_buses_and_names_who_is_not_there(tmp_path: Path) -> None:
+    bus = '[[bus]]\nname = "serial0"\ntype = "serial"\nport = "/dev/ttyUSB0"\nrate_hz = 100\n'
+    text = ARM.replace(bus, bus + bus.replace("serial0", "serial1").replace("USB0", "USB1"))
+    async with running(tmp_path, text='bus = "serial1"'.join(text.rsplit('bus = "serial0"', 1))) as rig:
+        for online, detail in [(True, "latched; 2 stopped"), (False, "latched; 1 stopped; offline: joint2")]:
+            rig.board.motors[1].online = online
+            await rig.give(f"e{online}", "*", kind="estop")
+            await saved(rig)
+            for ticket in rig.sent[-2:]:
+                rig.commander.order_done(OrderDone(ticket.number, ALL, "latched; 1 stopped"))
+            assert await rig.final(f"e{online}") == (State.DONE, None, detail)
+
+
 async def test_targets_that_are_not_all_reached_say_which(rig: Rig, late: None) -> None:
     await rig.give("a", "*", value=None, targets=BOTH)
     rig.done(0)
     rig.done(1)
     rig.told({0: 1.0, 1: 0.1})
     rig.commander.check_deadlines()
-    detail = "joint2 stands at 0.1000 rad, not at 0.5000 rad, in time"
+    detail = "joint2 stands at 0.1000 rad, not at 0.5000 rad, in time; joint1 at 1.0000 rad"
     assert await rig.final("a") == (State.FAILED, Reason.NOT_REACHED, detail)
 
 
@@ -590,6 +646,40 @@ async def test_emergency_stop_outlives_the_process_and_its_journal_until_it_is_r
     async with running(tmp_path) as rig:
         rig.commander.tell_latched()
         assert rig.sent == []
+
+
+async def test_what_follows_a_reset_at_once_is_meant_for_afterwards(rig: Rig) -> None:
+    await rig.give("e", "*", kind="estop")
+    await rig.handle([rig.record("r", "*", kind="reset_estop"), rig.record("a"), rig.record("b", "joint2")])
+    assert [ticket.order.kind for ticket in rig.sent[1:]] == [Kind.RESET_ESTOP, Kind.POSITION, Kind.POSITION]
+
+
+async def test_what_follows_a_reset_that_an_emergency_stop_overtook_is_not_carried_out(rig: Rig) -> None:
+    await rig.give("e", "*", kind="estop")
+    stop = rig.record("f", "*", kind="estop")
+    await rig.handle([rig.record("r", "*", kind="reset_estop"), rig.record("a", kind="enable"), stop])
+    assert (await rig.final("a"))[:2] == (State.FAILED, Reason.ESTOP_LATCHED)
+    assert [ticket.order.kind for ticket in rig.sent] == [Kind.ESTOP, Kind.ESTOP]
+
+
+async def test_commands_are_sent_in_the_order_in_which_they_came(rig: Rig) -> None:
+    batches = [
+        [rig.record(f"{batch}-{n}", f"joint{1 + n % 2}", kind="enable") for n in range(9 - batch)] for batch in range(9)
+    ]
+    for batch in batches:
+        await rig.commander.handle(batch)
+    await asyncio.wait(rig.commander._recording)
+    await rig.writer.durable()
+    assert [ticket.motor for ticket in rig.sent] == [n % 2 for batch in range(9) for n in range(9 - batch)]
+    under_way = {number: active.command.id for active in rig.commander._active for number in active.tickets}
+    given = [json.loads(record.raw)["id"] for batch in batches for record in batch]
+    assert [under_way[ticket.number] for ticket in rig.sent] == given
+
+
+async def test_enable_that_is_being_written_down_gives_way_to_a_disable(rig: Rig) -> None:
+    await rig.handle([rig.record("on", kind="enable"), rig.record("off", kind="disable")])
+    assert await rig.final("on") == (State.SUPERSEDED, Reason.NEWER_COMMAND, "by 'off'")
+    assert [ticket.order.kind for ticket in rig.sent] == [Kind.DISABLE]
 
 
 async def test_reset_that_is_overtaken_by_an_emergency_stop_resets_nothing(rig: Rig) -> None:
@@ -824,9 +914,9 @@ async def test_command_for_all_is_done_when_all_are(rig: Rig) -> None:
 
 async def test_command_for_all_fails_if_one_does_and_says_which(rig: Rig) -> None:
     await rig.give("a", "*", kind="stop")
-    rig.failed(1, "no_reply", "joint2 kept silent")
+    rig.failed(1, "no_reply", "kept silent")
     rig.done(0)
-    assert await rig.final("a") == (State.FAILED, Reason.NO_REPLY, "joint2 kept silent")
+    assert await rig.final("a") == (State.FAILED, Reason.NO_REPLY, "joint2: kept silent; taken by joint1")
 
 
 async def test_command_for_all_reaches_those_that_are_there(rig: Rig) -> None:
@@ -834,7 +924,7 @@ async def test_command_for_all_reaches_those_that_are_there(rig: Rig) -> None:
     await rig.give("a", "*", kind="stop")
     assert [ticket.motor for ticket in rig.sent] == [1]
     rig.done()
-    assert await rig.final("a") == (State.FAILED, Reason.MOTOR_OFFLINE, "joint1 does not answer")
+    assert await rig.final("a") == (State.FAILED, Reason.MOTOR_OFFLINE, "joint1 does not answer; taken by joint2")
 
 
 async def test_stop_for_all_ends_every_motion(rig: Rig) -> None:

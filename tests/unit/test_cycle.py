@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import nan
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +20,7 @@ from drivers.clock import MS, MonotonicNs
 from drivers.cycle import ALL, Cycle, Ticket, Timing
 from drivers.errors import BusError, MotorRefused
 from drivers.family import Exchange, Family, Overheard, Procedure, Ready
-from drivers.motor import Feedback, Kind, Motor, MotorInfo, Order, Status
+from drivers.motor import DRIVES, Feedback, Kind, Motor, MotorInfo, Order, Status
 from drivers.notices import AnyNotice, MotorLate, MotorOffline, MotorOnline, MotorStopped, OrderDone, OrderFailed
 from drivers.orders import ORDER_TRIES, ORDERS_PER_MOTOR
 from drivers.sim.build import SimulationSettings, build_bus
@@ -192,6 +192,7 @@ class Plain(Family[bytes, int]):
         self.fired: list[list[int]] = []
         self.halts: list[list[int]] = []
         self.unfit: dict[int, str] = {}  # why a motor cannot be prepared
+        self.driven: set[int] = set()  # motors that are found running
         self.begun = 0
 
     @classmethod
@@ -224,7 +225,7 @@ class Plain(Family[bytes, int]):
             return None
         if bus_id in self.refusals:
             raise MotorRefused("refused", self.refusals[bus_id])
-        return MotorInfo("plain", "1")
+        return MotorInfo("plain", "1", driven=bus_id in self.driven)
 
     def identify(self, bus_id: int) -> Procedure[bytes, int, MotorInfo | None]:
         return self.connect(bus_id)
@@ -304,7 +305,7 @@ def make_plain_rig(
     families: list[Plain] = []
     responders: list[PlainMotors] = []
     for group in groups:
-        motors = [Motor(bus_id - 1, f"joint{bus_id}", "plain", bus_id) for bus_id in group]
+        motors = [Motor(bus_id - 1, f"joint{bus_id}", "plain", bus_id, position_rad=(-1.0, 1.0)) for bus_id in group]
         families.append(family(motors))
         families[-1].steps = steps
         responders.append(PlainMotors([SimulatedMotor(motor, Servo()) for motor in motors]))
@@ -738,8 +739,9 @@ def test_waiting_setpoint_gives_way_to_a_newer_one_and_to_what_ends_the_motion(c
     newest = rig.submit(newer, 0)
     assert rig.reason(older) == "newer_command"
     rig.run(100)
-    for ticket in (other, enable, newest):
+    for ticket in (other, newest):
         assert isinstance(rig.end_of(ticket), OrderDone)
+    assert ends(rig, [enable]) == ["newer_command" if newer is Kind.DISABLE else "done"]  # a disable goes ahead of it
 
 
 def test_too_many_orders_for_one_motor_are_refused_and_the_others_still_get_theirs(clock: Clock) -> None:
@@ -983,7 +985,7 @@ def test_motor_that_is_driven_out_of_its_range_is_stopped_at_once(
 ) -> None:
     rig, _ = make_plain_rig(clock, groups=((1,),))
     rig.connect()
-    rig.cycle.submit(Ticket(9, 0, Order(Kind.VELOCITY, 0.5, within_rad=(-1.0, 1.0)), rig.clock.now_ns + 1000 * MS))
+    rig.submit(Kind.VELOCITY, 0, 0.5)
     rig.run(50)
     plain(rig).told = Feedback(position_rad, velocity_rad_s, 25.0)
     rig.run(30)
@@ -1003,6 +1005,81 @@ def test_stop_of_its_own_goes_ahead_of_orders_that_wait(clock: Clock) -> None:
     kinds = [order.kind for order in plain(rig).orders]
     assert kinds.count(Kind.ENABLE) >= 6
     assert kinds.index(Kind.STOP) < len(kinds) - 1
+
+
+def test_motor_that_is_found_running_is_stopped_and_told_once(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    plain(rig).driven = {2}
+    rig.run(2000)
+    assert [order.kind for order in plain(rig).orders] == [Kind.STOP]
+    (stopped,) = rig.of(MotorStopped)
+    assert (stopped.motor, stopped.reason) == (1, "found running at a velocity or torque that nobody renews")
+
+
+def test_motor_that_was_away_for_a_moment_goes_on_with_the_setpoint_that_it_has(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    plain(rig).driven = {2}
+    rig.submit(Kind.VELOCITY, 1, 0.5)
+    rig.run(50)
+    rig.motor(1).faults.silent = True
+    rig.run(350)
+    rig.motor(1).faults.silent = False
+    rig.run(80)
+    assert (len(rig.of(MotorOffline)), len(rig.of(MotorOnline))) == (1, 1)
+    assert rig.of(MotorStopped) == []
+    rig.run(500)
+    assert [order.kind for order in plain(rig).orders] == [Kind.VELOCITY, Kind.STOP]
+
+
+def test_cycle_that_is_left_stops_what_is_driven_and_begins_nothing(clock: Clock) -> None:
+    rig, _ = make_plain_rig(clock)
+    rig.connect()
+    position, velocity = rig.submit(Kind.POSITION, 0, 0.5), rig.submit(Kind.VELOCITY, 1, 0.5)
+    rig.run(100)
+    waiting = rig.submit(Kind.VELOCITY, 1, 0.6)
+    rig.cycle.leave(MonotonicNs(clock.now_ns + 100 * MS))
+    assert ends(rig, [position, velocity, waiting]) == ["done", "done", "interrupted"]
+    assert [order.kind for order in plain(rig).orders] == [Kind.POSITION, Kind.VELOCITY, Kind.STOP]
+
+
+RUNNING = [
+    (f"{name}#{number}", kind)
+    for name in protocols.family_names()
+    for number in range(len(protocols.load(name).examples))
+    for kind in sorted(DRIVES & protocols.load(name).kinds_of(make_motor(name, 1, example=number)))
+]
+
+
+@pytest.mark.parametrize(("example", "kind"), RUNNING)
+def test_motor_that_a_dead_process_left_running_is_stopped_by_the_next(clock: Clock, example: str, kind: Kind) -> None:
+    family, _, number = example.partition("#")
+    motor = make_motor(family, 1, example=int(number))
+    bus = build_bus([motor], SimulationSettings(motion="still", enabled=False), MonotonicNs(clock.now_ns))
+    dead = Rig(clock, bus, [protocols.load(family)([motor])])
+    dead.connect()
+    tickets = [dead.submit(Kind.ENABLE)]
+    dead.run(500)
+    tickets.append(dead.submit(kind, value=0.5))
+    dead.run(300)
+    assert ends(dead, tickets) == ["done"] * 2
+    assert bus.motors[0].servo.velocity_rad_s > 0.1
+    following = Rig(clock, bus, [protocols.load(family)([motor])])
+    following.run(1000)
+    assert bus.motors[0].servo.velocity_rad_s == pytest.approx(0, abs=0.01)
+    assert len(following.of(MotorStopped)) == 1
+    assert bus.motors[0].servo.enabled
+
+
+@pytest.mark.parametrize("family", protocols.family_names())
+@pytest.mark.parametrize("motion", ["wave", "still"])
+def test_motor_that_is_found_holding_or_on_its_way_is_left_alone(
+    clock: Clock, family: str, motion: Literal["wave", "still"]
+) -> None:
+    rig = make_rig(clock, family, settings=SimulationSettings(motion=motion, enabled=True))
+    rig.run(1000)
+    assert len(rig.of(MotorOnline)) == 3
+    assert rig.of(MotorStopped) == []
 
 
 # --- orders of several motors -----------------------------------------------------------------------------------------

@@ -423,6 +423,22 @@ def test_group_is_fired_by_the_manuals_sync_write() -> None:
     assert list(exchange.requests) == [bytes.fromhex("FFFFFE20832A06") + goals + b"\x58"]
 
 
+def test_halt_of_a_servo_whose_mode_is_in_doubt_makes_it_creep_at_most() -> None:
+    loop = Loop([make_motor("feetech_sts", 1)])
+    loop.connect(1)
+    loop.order(1, Order(Kind.ENABLE))
+    turn = loop.family.order(1, Order(Kind.VELOCITY, 0.5))
+    exchange = next(turn)
+    while make_sync_write(Register.OPERATING_MODE, {1: bytes((Mode.VELOCITY,))}) not in exchange.requests:
+        exchange = turn.send(loop.exchange(exchange))
+    loop.exchange(exchange)  # the servo took it, and nobody heard of that
+    with pytest.raises(MotorRefused):
+        turn.send({})
+    loop.exchange(loop.family.halt([1]))
+    loop.wait(1)
+    assert loop.servo(1).position_rad == pytest.approx(0, abs=2 * RAD_PER_STEP)
+
+
 def test_halt_holds_in_position_mode_and_takes_the_speed_away_in_the_other_all_in_one_packet() -> None:
     loop = make_loop(1, 2, 3)
     for bus_id, kind in ((1, Kind.POSITION), (2, Kind.VELOCITY)):

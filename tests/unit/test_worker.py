@@ -30,6 +30,7 @@ from drivers.notices import (
 )
 from drivers.sim.build import build_bus
 from drivers.sim.hosts import PtySerialHost
+from drivers.sim.servo import Drive
 from gateway.simulator import SimulatedBusPlan
 from gateway.worker import Plan, Troubles
 from gateway.workers import Child, Worker, keep_running
@@ -224,6 +225,16 @@ async def test_ctrl_c_is_left_to_the_gateway(host: PtySerialHost, plan: Plan) ->
 async def test_worker_ends_by_itself_when_its_gateway_is_gone(host: PtySerialHost, plan: Plan) -> None:
     child = Child("gateway.worker", plan)
     assert await child.ended(DEADLINE_S) == 0
+
+
+async def test_worker_whose_gateway_is_gone_stops_what_it_drove_before_it_ends(host: PtySerialHost, plan: Plan) -> None:
+    servo = host._bus.motors[0].servo
+    async with working(plan) as rig:
+        await until(rig.ear.hears_all)
+        assert rig.give(1, Kind.ENABLE, 60_000)
+        assert rig.worker.send(Ticket(2, 0, Order(Kind.VELOCITY, 0.5), after(monotonic_ns(), 60 * SECOND)))
+        await until(lambda: servo.moving)
+    assert servo.drive is Drive.POSITION
 
 
 async def test_worker_that_does_not_end_is_killed(host: PtySerialHost, plan: Plan) -> None:
