@@ -1,7 +1,9 @@
 """A log as the motion of simulated motors: a trace for each motor, which whoever hosts it maps into its memory.
 
-source --samples, by the motor's name--> <state_dir>/motion/<partition>.trace --> simulated motors --> whole gateway
-                                                           playhead: one for all of them (drivers.sim.trace)
+    source --samples, by the motor's name--> <state_dir>/motion/<partition>.trace --> simulated motors --> whole gateway
+                                                        playhead: one for all of them
+
+What a trace and a playhead are, ``drivers.sim.trace`` says.
 """
 
 import asyncio
