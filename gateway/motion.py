@@ -1,7 +1,9 @@
 """A log as the motion of simulated motors: a trace for each motor, which whoever hosts it maps into its memory.
 
-source --samples, by the motor's name--> <state_dir>/motion/<partition>.trace --> simulated motors --> whole gateway
-                                                           playhead: one for all of them (drivers.sim.trace)
+    source --samples, by the motor's name--> <state_dir>/motion/<partition>.trace --> simulated motors --> whole gateway
+                                                        playhead: one for all of them
+
+What a trace and a playhead are, ``drivers.sim.trace`` says.
 """
 
 import asyncio
@@ -33,7 +35,7 @@ REST_NS = 100 * MS  # behind its last sample a motor stands
 
 def as_virtual(config: Config, arm: Arm, recording: Path) -> Config:
     """The same motors as another arm, simulated behind pseudo-terminals: no bus of it leads to anything else."""
-    nowhere = {"interface": "slcan", "channel": None, "options": {}, "fd": False}
+    nowhere: dict[str, Any] = {"interface": "slcan", "channel": None, "options": {}, "fd": False}
     buses = tuple(bus.model_copy(update=nowhere) if isinstance(bus, CanBus) else bus for bus in config.buses)
     simulation = (config.simulation or Simulation()).model_copy(update={"recording": recording})
     return config.model_copy(update={"arm": arm, "buses": buses, "simulation": simulation})
@@ -86,7 +88,7 @@ class Motion:
 
     def _rows(self, partition: int, records: Records) -> NDArray[Any]:
         rows = np.empty(len(records), TRACE)
-        for name in TRACE.names[1:]:
+        for name in set(TRACE.fields or ()) - {"at_ns"}:
             rows[name] = records[name]
         rows["at_ns"] = np.maximum.accumulate(records["sampled_at_ns"])
         if partition in self._newest:

@@ -75,7 +75,7 @@ class Played:
     whole: int | None = None  # records of the source, as far as it tells
     taken: int = 0  # of them, written, left out, or there already
     at_ns: int = 0
-    records: dict[Topic, int] = field(default_factory=lambda: dict.fromkeys(WRITTEN, 0))
+    records: dict[Topic, int] = field(default_factory=lambda: dict.fromkeys(WRITTEN, 0))  # handed over, also again
     commands: int = 0  # left out
     unnumbered: int = 0  # left out: nobody can tell whether the target has them
     missed: list[Missed] = field(default_factory=list)  # holes of the source
@@ -112,10 +112,10 @@ async def _replay(
     async with AsyncExitStack() as stack:
         logs = [log async for log in _entered(source, stack)]
         arm = logs[0].arm
-        keys = [key for log in logs for key in log.positions()]
+        keys = set[Key]().union(*(log.partitions() for log in logs))
         behind = _Behind(await stack.enter_async_context(target(arm, keys)))
         played.whole, played.taken = _whole(logs), 0
-        parts = [(cut(log, until_ns=until_ns), log.positions().keys()) for log in logs]
+        parts = [(cut(log, until_ns=until_ns), log.partitions()) for log in logs]
         length_ns = SLICE_NS if pace.paced else UNPACED_SLICE_NS
         async for at_ns, some in slices(parts, length_ns, played.missed.append):
             if runs := behind.runs(some, played):
@@ -154,7 +154,7 @@ class _Behind:
         self._began: dict[int, int] = {}  # stream -> its place among the source's
 
     def runs(self, parts: Iterable[Samples | Entries], played: Played) -> list[Run]:
-        """What of a slice is to be written, in the order of event time."""
+        """What of a slice is to be written, one stream after the other."""
         found: list[Run] = []
         for part in parts:
             played.taken += len(_seqs(part))
@@ -162,7 +162,10 @@ class _Behind:
                 played.commands += len(_seqs(part))
             else:
                 found += _by_stream(part)
-        runs = [self._fresh(run) for run in sorted(found, key=_first_ns) if run.stream]
+        first_ns: dict[int, int] = {}
+        for run in found:
+            first_ns[run.stream] = min(_first_ns(run), first_ns.get(run.stream, 1 << 63))
+        runs = [self._fresh(run) for run in sorted(found, key=lambda run: first_ns[run.stream]) if run.stream]
         played.unnumbered += sum(len(_seqs(run.part)) for run in found if not run.stream)
         return [run for run in runs if run]
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from drivers.clock import epoch_ns
 from gateway.aside import set_aside
-from gateway.events import ARM
 from gateway.journal import Batch, Changes, Journal, Replayed, StoredEntry
 from gateway.journal_reader import JournalFile, journal_files
 from gateway.log_reader import Key, LogError, Samples
@@ -94,8 +93,6 @@ class _JournalTarget(Target):
                 blobs.append(part.records.tobytes())
                 continue
             for entry in part.entries:
-                if entry.key != ARM:
-                    names[part.partition] = entry.key
                 number = journal.entry + 1 + len(entries)
                 entries.append(
                     StoredEntry(number, part.topic, part.partition, entry.seq, entry.at_ns, entry.key, entry.value)

@@ -4,6 +4,10 @@ Every record bears the header ``servo-replayed``, whose value is the recorded ar
 a record's place in the producer's sequence (``gateway.producer``) is its offset: what a killed replay still had on its
 way and what the next one sends compete for the same place, and the broker gives each away once. For that both must be
 one producer to the broker: its id is kept as the metadata of an offset committed by group ``servo-replay.<arm>``.
+
+Kafka's timestamp of a record is when it was replayed, the event time stands in its value. A broker forgets a producer
+whose newest timestamp is older than a day (``producer.id.expiration.ms``) when it starts or looks for such, and would
+take a batch twice; and ``retention.ms`` would remove at once what was recorded long ago.
 """
 
 import asyncio
@@ -15,7 +19,7 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
-from drivers.clock import MS
+from drivers.clock import MS, epoch_ns
 from gateway import kafka, telemetry
 from gateway.config import Kafka, topic_name
 from gateway.log_reader import Key, LogError, Samples
@@ -33,7 +37,6 @@ class _Identity(msgspec.Struct):
 class _Item(NamedTuple):
     """One record on its way."""
 
-    at_ns: int
     key: bytes
     value: bytes
     headers: Sequence[tuple[str, bytes]]
@@ -73,6 +76,10 @@ class _KafkaTarget(Target):
         self._lanes = lanes
 
     def tail(self, key: Key) -> Tail | None:
+        if key not in self._lanes:  # a recording that others made tells its partitions when they come
+            raise LogError(
+                f"{key[0]}, partition {key[1]}: comes unannounced: replay into a journal, and that into Kafka"
+            )
         return self._lanes[key].tail
 
     async def write(self, runs: Sequence[Run]) -> None:
@@ -109,9 +116,9 @@ class _Lane:
     async def _send(self, items: Sequence[_Item]) -> int:
         """Send as many as a batch holds; how many."""
         batch = self._producer.place_batch(self._end)
+        now_ms = epoch_ns() // MS
         for item in items:
-            stamp = item.at_ns // MS
-            if batch.append(timestamp=stamp, key=item.key, value=item.value, headers=list(item.headers)) is None:
+            if batch.append(timestamp=now_ms, key=item.key, value=item.value, headers=list(item.headers)) is None:
                 break
         count: int = batch.record_count()
         await (await self._producer.send_batch(batch, self._tp.topic, partition=self._tp.partition))
@@ -121,18 +128,10 @@ class _Lane:
     def _items(self, run: Run) -> list[_Item]:
         part, mark = run.part, [self._mark]
         if isinstance(part, Samples):
-            key, times = part.motor.encode(), part.records["sampled_at_ns"].tolist()
-            return [
-                _Item(at_ns, key, value, mark)
-                for at_ns, value in zip(times, telemetry.messages(part.records), strict=True)
-            ]
+            key = part.motor.encode()
+            return [_Item(key, value, mark) for value in telemetry.messages(part.records)]
         return [
-            _Item(
-                entry.at_ns,
-                entry.key.encode(),
-                entry.value,
-                [(kafka.SEQ_HEADER, f"{run.stream}/{entry.seq}".encode()), self._mark],
-            )
+            _Item(entry.key.encode(), entry.value, [(kafka.SEQ_HEADER, f"{run.stream}/{entry.seq}".encode()), *mark])
             for entry in part.entries
         ]
 

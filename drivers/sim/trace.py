@@ -35,7 +35,7 @@ _RUNS = -1
 class Playhead:
     """Where in a recording everybody is. It stands at the beginning until ``toggle`` is called.
 
-    It is changed by one store of eight bytes, so that who reads it meanwhile finds the state before or after it.
+    Whether it stands is written last and read first, so that who reads meanwhile finds the state before or after.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,8 +55,10 @@ class Playhead:
 
     def now_ns(self) -> int:
         """The recorded time that is the present."""
-        first_ns, speed, origin_ns, stands_ns = self._state[0].item()
-        return int(first_ns + (monotonic_ns() - origin_ns) * speed) if stands_ns == _RUNS else int(stands_ns)
+        if (stands_ns := int(self._state["stands_ns"][0])) != _RUNS:
+            return stands_ns
+        first_ns, speed, origin_ns, _ = self._state[0].item()
+        return int(first_ns) + int((monotonic_ns() - origin_ns) * speed)
 
     def toggle(self) -> None:
         """Stand still, or go on. For one process alone."""

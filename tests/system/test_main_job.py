@@ -54,7 +54,7 @@ def _follows_the_wave(arm: Arm, motor: str, samples: list[Sample]) -> None:
     index, low_high = joint.partition, joint.position_rad
     settings = SimulationSettings("wave", True, {index: low_high}, {index: joint.velocity_rad_s})
     motion = make_servo(index, settings).motion
-    assert motion is not None
+    assert callable(motion)
     path = [motion(at_s) for at_s in np.arange(0, 10, 0.01)]
     amplitude_rad = (max(path) - min(path)) / 2
     turn_rad_s = 2 * pi / (4.0 + 0.7 * index)

@@ -32,6 +32,7 @@ from gateway.replay_kafka import into_kafka
 from gateway.state_dir import StateDir, StateDirError
 from hil import judge
 from hil.arm import COMMAND
+from hil.kafka import Broker
 from tests.conftest import Kafka
 from tests.gateway_parts import ARM, DEADLINE_S, KAFKA, MOTORS, wait_for
 from tests.system.conftest import MakeArm
@@ -44,10 +45,10 @@ Held = dict[tuple[str, int], list[tuple[object, ...]]]
 
 
 def write_journal(state: StateDir, rows: int, first_ns: int = START_NS) -> Journal:
-    """A journal of arm1: rows of both motors, with an event of each motor and of the arm now and then."""
+    """A journal of arm1, or more of it: ``rows`` of both motors, with events of each and of the arm now and then."""
     state.make()
     journal = Journal(state.journal, "arm1", MOTORS, 1 << 30)
-    for row in range(1, rows + 1):
+    for row in range(journal.row + 1, rows + 1):
         at_ns = first_ns + row * 5 * MS
         records = telemetry.blank(2)
         records["partition"] = (0, 1)
@@ -58,9 +59,13 @@ def write_journal(state: StateDir, rows: int, first_ns: int = START_NS) -> Journ
         tenth = row // 10
         if row % 10 == 0:
             for partition, key, number in ((0, "*", 2 * tenth - 1), (0, "joint1", 2 * tenth), (1, "joint2", tenth)):
-                value = msgspec.json.encode({"type": "test", "motor": key, "at_ns": at_ns})
+                event_ns = at_ns - number % 3 * 40 * MS  # times of events may fall
+                value = msgspec.json.encode({"type": "test", "motor": key, "at_ns": event_ns})
                 at = journal.entry + 1 + len(entries)
-                entries.append(StoredEntry(at, "events", partition, number, at_ns, key, value))
+                entries.append(StoredEntry(at, "events", partition, number, event_ns, key, value))
+            value = msgspec.json.encode({"motor": "nobody", "at_ns": at_ns})  # of a command to no motor there is
+            at = journal.entry + 1 + len(entries)
+            entries.append(StoredEntry(at, "outcomes", 0, tenth, at_ns, "nobody", value))
         journal.commit(Changes(batch=Batch(row, records), entries=entries))
     return journal
 
@@ -132,7 +137,7 @@ async def test_a_journal_holds_the_same_bit_for_bit_and_the_judge_finds_nothing_
 ) -> None:
     state = StateDir(tmp_path / "replayed")
     played = await play(of_journal(recorded), into_journal(state, "arm2"))
-    assert played.records == {"telemetry": 800, "events": 120, "outcomes": 0}
+    assert played.records == {"telemetry": 800, "events": 120, "outcomes": 40}
     assert await held(of_journal(state)) == await held(of_journal(recorded))
     for topic in ("telemetry", "events"):
         verdict = judge.judge_journal(state.journal, topic)
@@ -174,6 +179,26 @@ async def test_streams_follow_each_other_in_kafka_and_in_journals_set_aside(
     assert await held(of_journal(state.journal)) == await held(of_journal(recorded.journal))
 
 
+def test_a_recording_is_replayed_as_the_log_that_it_recorded(tmp_path: Path, replayed_arm: Config) -> None:
+    recorded = StateDir(tmp_path / "recorded")
+    for rows in (9, 400):  # no motor has an event when the recording begins
+        write_journal(recorded, rows).close()
+        run("record", str(recorded.journal), "--out", str(tmp_path / "recording"), "--no-follow")
+    state = StateDir(tmp_path / "replayed")
+    for arm, *options in (
+        ("arm2", "--state-dir", str(state.path)),
+        (replayed_arm.arm.name, "--kafka", broker(replayed_arm)),
+    ):
+        run("replay", str(tmp_path / "recording"), "--into", arm, "--speed", "max", *options)
+    assert asyncio.run(held(of_journal(state))) == asyncio.run(held(of_journal(recorded)))
+    assert asyncio.run(held(of_kafka(replayed_arm))) == asyncio.run(held(of_journal(recorded)))
+
+
+def run(*arguments: str) -> None:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # --- a replay that was killed -----------------------------------------------------------------------------------------
 
 
@@ -191,9 +216,7 @@ def replaying(recorded: StateDir, arm: str, *options: str) -> Iterator[None]:
 
 
 def finish(recorded: StateDir, arm: str, *options: str) -> None:
-    command = [*COMMAND, "replay", str(recorded.journal), "--into", arm, "--speed", "max", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-    assert done.returncode == 0, done.stderr
+    run("replay", str(recorded.journal), "--into", arm, "--speed", "max", *options)
 
 
 def test_a_killed_replay_into_a_journal_goes_on_without_gap_or_repeat(recorded: StateDir, tmp_path: Path) -> None:
@@ -226,6 +249,21 @@ def test_a_killed_replay_into_kafka_goes_on_without_gap_or_repeat(recorded: Stat
     finish(recorded, arm, *options)
     assert asyncio.run(held(of_kafka(replayed_arm))) == asyncio.run(held(of_journal(recorded)))
     assert (verdict := asyncio.run(judge.judge(broker(replayed_arm), arm))).ok, verdict
+
+
+async def test_a_broker_that_goes_away_and_comes_back_has_everything_once(
+    recorded: StateDir, tmp_path: Path, own_broker: Broker
+) -> None:
+    config = kafka_config(tmp_path, Kafka(own_broker.bootstrap), "arm2")
+    told: list[Exception] = []
+    playing = asyncio.create_task(replay(of_journal(recorded), into(config), Pace(0.5), Played(), failed=told.append))
+    async with asyncio.timeout(2 * DEADLINE_S):
+        while await count_records(config) < 50:  # noqa: ASYNC110  what is waited for has no event
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(own_broker.kill)
+        await asyncio.to_thread(own_broker.start)
+        await playing
+    assert await held(of_kafka(config)) == await held(of_journal(recorded))
 
 
 async def count_records(config: Config) -> int:
@@ -303,7 +341,7 @@ async def test_commands_and_what_has_no_number_are_left_out_and_counted(
     again = kafka_config(tmp_path, kafka, f"{arm_name}-again")
     played = await play(of_kafka(replayed_arm), into(again))
     assert (played.commands, played.unnumbered) == (3, 2)
-    assert played.records == {"telemetry": 800, "events": 120, "outcomes": 0}
+    assert played.records == {"telemetry": 800, "events": 120, "outcomes": 40}
     with pytest.raises(TopicMismatch, match="there is no topic"):
         await kafka_clients.partitions_of(again.kafka, again.topic("commands"))  # type: ignore[arg-type]
 

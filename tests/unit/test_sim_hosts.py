@@ -353,7 +353,7 @@ def test_motors_of_one_medium_only_share_a_bus() -> None:
 def test_waves_stay_within_every_joints_limits(index: int, low: float, span: float, velocity_rad_s: float) -> None:
     limits = {index: (low, low + span)}
     servo = make_servo(index, SimulationSettings(position_rad=limits, velocity_rad_s={index: velocity_rad_s}))
-    assert servo.motion is not None
+    assert callable(servo.motion)
     path = [servo.motion(step * 0.02) for step in range(500)]
     assert low < min(path) <= max(path) < low + span
     fastest = max(abs(b - a) / 0.02 for a, b in pairwise(path))
