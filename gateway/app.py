@@ -12,6 +12,7 @@ import logging
 import shutil
 import signal
 import sqlite3
+import sys
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ DRAIN_S = 1.0
 WRITER_STOP_S = 1.0
 CANCEL_AGAIN_S = 1.0  # a library may take a cancellation for its own
 REMEMBER_S = 1.0
+SWITCH_S = 0.0005  # event loop and writer wait no longer for each other to let go of the interpreter; usual are 5 ms
 READER_BUSY_S = 0.1  # the event loop waits for nobody's lock
 
 
@@ -464,6 +466,7 @@ async def run_gateway(
     ``prepare`` runs before, when the directory is locked. Raises StateDirError, JournalError, ConfigError or
     TopicMismatch for what only its user can mend.
     """
+    sys.setswitchinterval(SWITCH_S)
     state = StateDir(config.arm.state_dir)
     with state.locked():
         left = None

@@ -524,7 +524,7 @@ class Commander:
 
     def _stop_all(self, active: _Active, source: str) -> None:
         """Every bus is told at once, and nothing is waited for: a worker that hangs delays no other."""
-        command, held = active.command, self._latches.held
+        command, held, active.sent = active.command, self._latches.held, True
         latch = Latch(self._time.now(), command.issuer or source, f"command {command.id!r}")
         told = self._tell_all(Kind.ESTOP, active)
         first, held[ARM] = ARM not in held, held.get(ARM, latch)

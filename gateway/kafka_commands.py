@@ -37,21 +37,19 @@ async def follow(
     ends: dict[int, int] = {}
     told = False
     while True:
-        while not ours():
-            ends.clear()  # meanwhile another gateway takes what comes
+        while not ours():  # noqa: ASYNC110  the claim lapses by the clock
             await asyncio.sleep(CLAIM_S)
         try:
             partitions = await kafka.partitions_of(config.kafka, config.topic("commands"))
             async with kafka.running(_consumer(config.kafka)) as consumer:
                 await kafka.assign(consumer, {tp: positions.get(tp.partition, -1) for tp in partitions})
-                for tp, end in (
-                    await consumer.end_offsets([tp for tp in partitions if tp.partition not in ends])
-                ).items():
-                    ends[tp.partition] = end
+                unknown = [tp for tp in partitions if tp.partition not in ends]
+                ends |= {tp.partition: end for tp, end in (await consumer.end_offsets(unknown)).items()}
                 told = False
                 while True:
                     found = await consumer.getmany(timeout_ms=1000, max_records=MOST_RECORDS)
                     if not ours():
+                        ends.clear()  # another gateway takes what comes meanwhile
                         break
                     records = [record for records in found.values() for record in records]
                     if records:

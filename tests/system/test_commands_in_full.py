@@ -14,7 +14,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from drivers.clock import epoch_ns
+from drivers.clock import SECOND, epoch_ns
 from gateway import local_commands
 from gateway.journal import JournalReader
 from gateway.kafka import running
@@ -22,7 +22,7 @@ from hil.arm import MOTORS, SAMPLE_CONFIG, Arm
 from hil.kafka import Broker
 from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
-from tests.system.rig import pass_time, produce, put_on_links, see
+from tests.system.rig import create_topic, pass_time, produce, put_on_links, see
 
 SPEED_RAD_S = 0.2
 STILL_RAD_S = 0.02
@@ -131,6 +131,19 @@ def test_emergency_stop_is_given_on_this_machine_while_kafka_is_away(make_arm: M
     stop = arm.order("*", "estop")
     assert (stop.returncode, stop.stderr) == (0, ""), stop.stdout
     arm.wait_status(lambda status: status["estop"] is not None, "it is latched")
+
+
+def test_emergency_stop_by_a_wrong_clock_expires_as_a_backlog_and_is_done_when_it_is_read_live(
+    make_arm: MakeArm, kafka: Kafka
+) -> None:
+    arm = make_arm(kafka.bootstrap, motion="still")
+    asyncio.run(create_topic(kafka.bootstrap, f"servo.{arm.name}.commands", len(MOTORS)))
+    an_hour_ago = epoch_ns() - 3600 * SECOND
+    produce(arm, "commands", 0, [record("backlog", "*", "estop", issued_at_ns=an_hour_ago)])
+    arm.start()
+    assert final(arm, "backlog")[:2] == ("expired", "stale")
+    produce(arm, "commands", 0, [record("live", "*", "estop", issued_at_ns=an_hour_ago)])
+    assert final(arm, "live") == ("done", None, "latched; 6 stopped")
 
 
 @pytest.mark.parametrize("comes_back", [True, False])

@@ -709,6 +709,16 @@ async def test_emergency_stop_that_a_bus_does_not_take_fails_and_stays_latched(r
     assert rig.latches.estop
 
 
+async def test_emergency_stop_waits_for_a_bus_that_hangs_for_longer_than_its_ttl(rig: Rig) -> None:
+    await rig.give("e", "*", kind="estop", ttl_ms=1)
+    await saved(rig)
+    rig.commander._active[0].read_at_ns -= SECOND
+    rig.commander.check_deadlines()
+    assert await rig.states("e") == [State.ACCEPTED]
+    rig.commander.order_done(OrderDone(rig.sent[0].number, ALL, ""))
+    assert (await rig.final("e"))[0] is State.DONE
+
+
 async def test_emergency_stop_that_cannot_be_written_down_says_so(rig: Rig) -> None:
     rig.latches._path.with_suffix(".new").mkdir()
     await rig.give("e", "*", kind="estop")

@@ -50,6 +50,7 @@ async def test_commands_from_before_and_while_following_come_once_and_in_order(t
     assert reader.raws() == [b"%d" % number for number in range(260)]
     assert [record.next for record in reader.taken] == [offset + 1 for offset in before + during]
     assert {(record.source, record.partition) for record in reader.taken} == {("local", 0)}
+    assert [record.live for record in reader.taken] == [False] * 250 + [True] * 10
 
 
 async def test_goes_on_where_the_inbox_says(tmp_path: Path) -> None:
