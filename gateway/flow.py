@@ -132,10 +132,10 @@ class Flow:
         while True:
             self._wake.clear()
             for lane in self.lanes:
+                if self._failure:  # nothing is sent in doubt
+                    raise self._failure
                 if not lane.busy and lane.pending() and (not lane.sick_until or monotonic_ns() >= lane.sick_until):
                     await self._send(producer, lane)
-            if self._failure:
-                raise self._failure
             if self._drain and not any(lane.busy or lane.pending() for lane in self.lanes):
                 return
             sick = any(lane.sick_until for lane in self.lanes)

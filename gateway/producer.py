@@ -10,17 +10,25 @@ So a request that was sent before and one that is sent now compete for the same 
 A partition that has to leave numbers out gets a base that puts its next record at the beginning of an epoch: the broker
 takes sequence number 0 of a higher epoch from an idempotent producer, and nothing of a lower one after it (KIP-360).
 Such a base is ``seq - position``, and negative: it carries the epochs that the partition has gone through.
+
+A broker forgets a producer whose newest record is a day old, by the record's own time: when it starts, and every ten
+minutes. Then it takes a batch twice. So a batch of old records is sent only once; if no answer comes, its outcome is
+unknown, and the partition's tail has to be asked.
 """
 
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka.errors import KafkaError
+from aiokafka.producer.message_accumulator import BatchBuilder, MessageBatch
+
+from drivers.clock import MS, epoch_ns
 
 SEQUENCE_BITS = 31  # Kafka counts 0 .. 2^31 - 1
 BATCH_BYTES = 512 << 10  # well below the broker's default limit of 1 MiB
 EPOCH_MOST = 32767
 NO_COMPRESSION = 0
+REMEMBERED_MS = 12 * 3600 * 1000  # half of what a broker keeps a producer for (producer.id.expiration.ms)
 
 
 class NoPlace(Exception):
@@ -37,6 +45,10 @@ def next_epoch(position: int) -> int:
     return ((position >> SEQUENCE_BITS) + 1) << SEQUENCE_BITS
 
 
+class OutcomeUnknown(KafkaError):  # type: ignore[misc]  # aiokafka is published without types
+    """A batch may have reached the broker or not, and cannot be sent again without asking."""
+
+
 class PlacedBatch(BatchBuilder):  # type: ignore[misc]  # aiokafka is published without types
     """A batch with a place of its own, whatever the producer has counted."""
 
@@ -46,6 +58,12 @@ class PlacedBatch(BatchBuilder):  # type: ignore[misc]  # aiokafka is published 
         self._pid, epoch = identity
         self._epoch = epoch + (position >> SEQUENCE_BITS)
         self._sequence = position & ((1 << SEQUENCE_BITS) - 1)
+        self.oldest_ms = 1 << 63  # time of a record
+
+    def append(self, *, timestamp: int, **record: Any) -> Any:
+        """As aiokafka's; ``timestamp`` in ms, or -1 for none."""
+        self.oldest_ms = min(self.oldest_ms, timestamp)
+        return super().append(timestamp=timestamp, **record)
 
     def _set_producer_state(self, producer_id: int, producer_epoch: int, base_sequence: int) -> None:  # noqa: ARG002
         """Called by aiokafka when it sends the batch for the first time."""
@@ -60,6 +78,15 @@ class ContinuedProducer(AIOKafkaProducer):  # type: ignore[misc]  # aiokafka is 
         super().__init__(**options, enable_idempotence=True, acks="all", max_batch_size=BATCH_BYTES)
         if identity:
             self._txn_manager.set_pid_and_epoch(*identity)
+        self._send_again = self._message_accumulator.reenqueue
+        self._message_accumulator.reenqueue = self._reenqueue
+
+    def _reenqueue(self, batch: MessageBatch) -> None:
+        """Called by aiokafka with a batch to which the broker gave no answer, or none for good."""
+        if batch._builder.oldest_ms > epoch_ns() // MS - REMEMBERED_MS:
+            self._send_again(batch)
+        else:
+            batch.failure(exception=OutcomeUnknown(f"{batch.tp}: old records, and no answer"))
 
     @property
     def identity(self) -> tuple[int, int]:

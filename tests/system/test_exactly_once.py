@@ -28,10 +28,11 @@ from hil.arm import Arm
 from hil.judge import Verdict, judge, read
 from hil.kafka import Broker
 from hil.proxy import Proxy
-from tests.gateway_parts import MOTORS, Numbering, make_config, until
+from tests.gateway_parts import DEADLINE_S, MOTORS, Numbering, make_config, until
 from tests.system.rig import command_record, produce, see, wait_event, wait_outcome
 
-YEAR_NS = 365 * 24 * 3600 * SECOND
+DAY_NS = 24 * 3600 * SECOND
+YEAR_NS = 365 * DAY_NS
 
 
 class Gateway:
@@ -171,7 +172,8 @@ def proxy() -> Iterator[Proxy]:
 @pytest.fixture(scope="module")
 def broker(proxy: Proxy) -> Iterator[Broker]:
     """A broker with a listener behind the proxy."""
-    with Broker(proxy=proxy.address) as made:
+    # forgets producers of old records at once; usually it looks for them every ten minutes
+    with Broker({"producer.id.expiration.check.interval.ms": "200"}, proxy=proxy.address) as made:
         proxy.target = made.behind_proxy
         yield made
 
@@ -427,6 +429,28 @@ async def test_a_disk_that_cannot_be_read_stops_nothing_that_is_in_memory(gatewa
         run.write(10)
         await run.acknowledged()
     assert (await judged(broker, gateway)).records == 60
+
+
+@pytest.mark.parametrize("shift_ns", [0, -2 * DAY_NS])
+async def test_what_the_broker_took_and_gave_no_answer_to_comes_once_also_if_it_is_old(
+    gateway: Gateway, broker: Broker, proxy: Proxy, shift_ns: int
+) -> None:
+    """A broker forgets producers of old records, and would take the same batch again."""
+    gateway.shift_ns = shift_ns
+    async with gateway.running() as run:
+        run.write(10)
+        await run.acknowledged()
+        proxy.stall(requests=False)
+        run.write(3)
+        async with asyncio.timeout(DEADLINE_S):
+            while (await judge(broker.bootstrap, gateway.arm)).records < 26:
+                pass
+        await asyncio.sleep(1)  # until it has forgotten
+        proxy.cut()
+        proxy.flow()
+        run.write(3)
+        await run.acknowledged()
+    assert (await judged(broker, gateway)).records == 2 * 16
 
 
 @pytest.mark.parametrize(("limit", "shift_ns"), [("before", -YEAR_NS), ("after", YEAR_NS)])
