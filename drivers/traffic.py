@@ -34,7 +34,7 @@ class Traffic(NamedTuple):
 
 
 def from_message(message: "can.Message", at_ns: int) -> Traffic:
-    """A frame as python-can has it; ``to_message`` of ``gateway.bus_file`` is the way back."""
+    """A frame as python-can has it; ``to_message`` of ``gateway.recordings.bus_file`` is the way back."""
     marks = (
         (not message.is_rx) * Mark.SENT
         | message.is_extended_id * Mark.EXTENDED

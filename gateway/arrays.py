@@ -21,17 +21,6 @@ from gateway.telemetry import FIELD_NAMES, RECORD, Records
 
 SAMPLE = np.dtype([(name, RECORD[name]) for name in FIELD_NAMES])
 """One sample: as in the log, without what makes it a protobuf message."""
-UNITS = {
-    "sampled_at_ns": "ns",
-    "position_rad": "rad",
-    "velocity_rad_s": "rad/s",
-    "temperature_c": "°C",
-    "voltage_v": "V",
-    "current_a": "A",
-    "torque_nm": "N m",
-    "round_trip_us": "µs",
-}
-
 _log = logging.getLogger(__name__)
 
 

@@ -2,7 +2,7 @@
 
 CONFIG.toml          the arm's log: its journal, or its topics in Kafka
 journal.db           that file alone; also one that was set aside
-X.mcap, DIRECTORY    a recording (``gateway.recording``), or all that lie in the directory
+X.mcap, DIRECTORY    a recording (``gateway.recordings.recording``), or all that lie in the directory
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from gateway.config import Config
 from gateway.journal_reader import JournalLog
 from gateway.kafka_reader import KafkaLog
 from gateway.log_reader import TOPICS, LogError, LogReader, Start, Topic
-from gateway.recording import MAGIC
-from gateway.recording_reader import RecordingLog
+from gateway.recordings.reader import RecordingLog
+from gateway.recordings.recording import MAGIC
 from gateway.state_dir import StateDir
 
 IN_JOURNAL: tuple[Topic, ...] = ("telemetry", "events", "outcomes")

@@ -10,7 +10,7 @@ status.json   rewritten every second
 reserve       a little of the disk, given back when a new journal has to begin while the rest is full
 owner         who this is to gateways on other machines (gateway.claim)
 sim/          links to the pseudo-terminals of simulated motors
-motion/       what simulated motors live through (gateway.motion)
+motion/       what simulated motors live through (gateway.recordings.motion)
 taps/         sockets of those who record raw traffic, by bus (gateway.tap)
 """
 

@@ -34,6 +34,16 @@ _FIELDS = (  # in the order of their field numbers, which count from 1
     ("round_trip_us", "<f4"),
 )
 FIELD_NAMES = tuple(name for name, _ in _FIELDS)
+UNITS = {
+    "sampled_at_ns": "ns",
+    "position_rad": "rad",
+    "velocity_rad_s": "rad/s",
+    "temperature_c": "°C",
+    "voltage_v": "V",
+    "current_a": "A",
+    "torque_nm": "N m",
+    "round_trip_us": "µs",
+}
 
 _WIRE_TYPE = {8: 1, 4: 5}  # protobuf wire types I64 and I32
 _TAGS = {

@@ -22,7 +22,7 @@ from hil.logs import Damage, JournalFile
 SAMPLE_CONFIG = Path(__file__).parent.parent / "config" / "simulated-arm.toml"
 MARK = "SERVO_GATEWAY_RIG"  # in the environment of every process of an arm, so that none is overlooked
 MOTORS = tuple(f"joint{number}" for number in range(1, 7))  # of the sample
-COMMAND = (sys.executable, "-m", "gateway.cli")
+COMMAND = (sys.executable, "-m", "gateway.cli.main")
 POLL_S = 0.02
 
 

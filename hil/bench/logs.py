@@ -24,16 +24,17 @@ from rich.console import Console
 
 from drivers.clock import MS, SECOND
 from drivers.traffic import from_message
-from gateway import bus_file, telemetry
+from gateway import telemetry
 from gateway.config import kafka_at
-from gateway.export import ExportFile
 from gateway.journal import Batch, Changes, Journal
 from gateway.log_reader import LogReader, Samples, Topic
-from gateway.pace import Pace
-from gateway.recorder import Recorder
-from gateway.replay import OpenTarget, Played, replay
-from gateway.replay_journal import into_journal
-from gateway.replay_kafka import into_kafka
+from gateway.recordings import bus_file
+from gateway.recordings.export import ExportFile
+from gateway.recordings.into_journal import into_journal
+from gateway.recordings.into_kafka import into_kafka
+from gateway.recordings.pace import Pace
+from gateway.recordings.recorder import Recorder
+from gateway.recordings.replay import OpenTarget, Played, replay
 from gateway.source import open_source
 from gateway.state_dir import StateDir
 from gateway.telemetry import MESSAGE_SIZE, Records

@@ -46,8 +46,8 @@ from gateway.log_reader import (
     Topic,
     records,
 )
-from gateway.recorder import Recorder
-from gateway.recording_reader import RecordingLog
+from gateway.recordings.reader import RecordingLog
+from gateway.recordings.recorder import Recorder
 from gateway.state_dir import StateDir
 from tests.conftest import Kafka
 from tests.gateway_parts import DEADLINE_S, KAFKA, MOTORS, Numbering, make_config

@@ -10,11 +10,11 @@ from drivers.buses.can import CanBus
 from drivers.clock import MS, SECOND, after, epoch_ns, monotonic_ns
 from drivers.family import CanFrame
 from drivers.traffic import Mark, Traffic
-from gateway.bus_file import BusFile
-from gateway.bus_replay import Player
-from gateway.pace import Pace
-from gateway.vcan import link_kind
-from gateway.virtual_bus import NotVirtual, open_virtual
+from gateway.recordings.bus_file import BusFile
+from gateway.recordings.bus_replay import Player
+from gateway.recordings.pace import Pace
+from gateway.recordings.vcan import link_kind
+from gateway.recordings.virtual_bus import NotVirtual, open_virtual
 from tests.socketcan.links import candump, ip, read_candump, wait_until_heard
 
 RECORDED = """\

@@ -17,7 +17,7 @@ from drivers.clock import MS, SECOND, after, monotonic_ns
 from drivers.family import CanFrame
 from drivers.protocols import feetech_sts
 from drivers.traffic import Mark
-from gateway.bus_file import BusFile
+from gateway.recordings.bus_file import BusFile
 from hil.arm import COMMAND, Arm
 from hil.logs import Damage, JournalFile
 from tests.gateway_parts import DEADLINE_S, wait_for

@@ -15,11 +15,11 @@ from gateway.journal_reader import JournalLog
 from gateway.kafka import ensure_topics
 from gateway.kafka_reader import KafkaLog
 from gateway.log_reader import TOPICS, Entries, LogEntry, LogError, LogReader, Part, Samples, Start, Topic
-from gateway.recorder import Recorder
-from gateway.recording_file import RecordingFile
-from gateway.recording_reader import RecordingLog
-from gateway.replay_journal import into_journal
-from gateway.replay_kafka import into_kafka
+from gateway.recordings.file import RecordingFile
+from gateway.recordings.into_journal import into_journal
+from gateway.recordings.into_kafka import into_kafka
+from gateway.recordings.reader import RecordingLog
+from gateway.recordings.recorder import Recorder
 from gateway.source import IN_JOURNAL
 from gateway.state_dir import StateDir
 from hil.arm import COMMAND, Arm

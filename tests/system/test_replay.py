@@ -23,12 +23,12 @@ from gateway.journal_reader import JournalLog
 from gateway.kafka import TopicMismatch
 from gateway.kafka_reader import KafkaLog
 from gateway.log_reader import Entries, LogError, LogReader, Position, Positions, Samples, Start, Topic
-from gateway.motion import as_virtual
-from gateway.pace import Pace
 from gateway.plans import worker_plans
-from gateway.replay import WRITTEN, OpenTarget, Played, replay
-from gateway.replay_journal import into_journal
-from gateway.replay_kafka import into_kafka
+from gateway.recordings.into_journal import into_journal
+from gateway.recordings.into_kafka import into_kafka
+from gateway.recordings.motion import as_virtual
+from gateway.recordings.pace import Pace
+from gateway.recordings.replay import WRITTEN, OpenTarget, Played, replay
 from gateway.state_dir import StateDir, StateDirError
 from hil import judge
 from hil.arm import COMMAND

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gateway.arrays import SAMPLE, UNITS, plain, read_samples, stream_samples
+from gateway.arrays import SAMPLE, plain, read_samples, stream_samples
 from gateway.log_reader import LogError, Seq
-from gateway.telemetry import FIELD_NAMES
+from gateway.telemetry import FIELD_NAMES, UNITS
 from tests.gateway_parts import MOTORS
 from tests.log_parts import make_journal, make_records, of_motor
 

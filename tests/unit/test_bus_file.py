@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from drivers.clock import MS, SECOND
 from drivers.traffic import Mark, Traffic, from_message
-from gateway.bus_file import BusFile, BusFileError, Writer, fault, to_message
+from gateway.recordings.bus_file import BusFile, BusFileError, Writer, fault, to_message
 
 AT_NS = 1_763_740_000 * SECOND
 SERIAL_HEAD = "# bytes of serial bus serial0: seconds since 1970 UTC, > sent or < heard, hexadecimal\n"

@@ -9,8 +9,8 @@ import pytest
 
 from drivers.clock import MS, SECOND, epoch_ns, monotonic_ns
 from drivers.traffic import Mark, Traffic
-from gateway.bus_file import BusFile, Writer
-from gateway.bus_log import BusRecorder
+from gateway.recordings.bus_file import BusFile, Writer
+from gateway.recordings.bus_log import BusRecorder
 from gateway.tap import Listener, Tap
 from tests.gateway_parts import DEADLINE_S, wait_for
 from tests.unit.test_tap import Silent

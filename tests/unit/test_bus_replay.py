@@ -15,11 +15,11 @@ from drivers.buses import CanSpec
 from drivers.buses.can import CanBus
 from drivers.clock import MS, SECOND, after, monotonic_ns, sleep_until
 from drivers.traffic import Mark, Traffic
-from gateway.bus_file import BusFile, BusFileError, Writer
-from gateway.bus_replay import Player
-from gateway.pace import Pace
-from gateway.vcan import link_kind
-from gateway.virtual_bus import CanChannel, NotVirtual, VirtualBus, open_virtual
+from gateway.recordings.bus_file import BusFile, BusFileError, Writer
+from gateway.recordings.bus_replay import Player
+from gateway.recordings.pace import Pace
+from gateway.recordings.vcan import link_kind
+from gateway.recordings.virtual_bus import CanChannel, NotVirtual, VirtualBus, open_virtual
 from tests.gateway_parts import DEADLINE_S, wait_for
 
 AT_NS = 1_763_740_000 * SECOND

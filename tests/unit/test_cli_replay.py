@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gateway.cli import app
-from gateway.cli_replay import parse_speed
+from gateway.cli.main import app
+from gateway.cli.replay import parse_speed
 
 
 @pytest.mark.parametrize(("word", "speed"), [("0.1", 0.1), ("1", 1.0), ("25", 25.0), ("max", None)])

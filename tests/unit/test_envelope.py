@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.envelope import Envelope, column_of
+from gateway.recordings.envelope import Envelope, column_of
 
 VALUES = st.lists(st.tuples(st.integers(0, 10**12), st.floats(-1e6, 1e6)), min_size=1, max_size=300)
 

@@ -11,11 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gateway import export as module
-from gateway.export import ExportFile
 from gateway.extras import ExtraMissing
 from gateway.journal import StoredEntry
 from gateway.log_reader import Entries, LogEntry, LogError, Position, Samples, Topic
+from gateway.recordings import export as module
+from gateway.recordings.export import ExportFile
 from gateway.source import open_source
 from gateway.telemetry import FIELD_NAMES, RECORD, Records
 from tests.gateway_parts import MOTORS, Numbering

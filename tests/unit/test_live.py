@@ -10,8 +10,8 @@ from rich.console import Console
 
 from drivers.clock import SECOND
 from drivers.motor import Status
-from gateway import live
 from gateway.board import Board
+from gateway.cli import live
 from gateway.event_time import EventTime
 from tests.gateway_parts import KAFKA, Numbering, make_config, until
 

@@ -10,7 +10,7 @@ from drivers.sim.trace import TRACE, Playhead
 from gateway.journal import Batch, Changes, Journal
 from gateway.journal_reader import JournalLog
 from gateway.log_reader import LogError
-from gateway.motion import Motion
+from gateway.recordings.motion import Motion
 from gateway.state_dir import StateDir
 from tests.gateway_parts import MOTORS, Numbering, make_config
 

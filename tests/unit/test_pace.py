@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivers.clock import MS, SECOND, monotonic_ns
-from gateway.pace import Pace, controlled
+from gateway.recordings.pace import Pace, controlled
 from tests.gateway_parts import until
 
 FIRST_NS = 1_790_000_000_000_000_000

@@ -11,7 +11,7 @@ from gateway import telemetry
 from gateway.events import EventType
 from gateway.extras import ExtraMissing
 from gateway.log_reader import Entries, LogEntry, LogError, Position, Samples
-from gateway.plot import BLOCKS, COLOURS, QUANTITIES, WORDS, Survey, picture, sparkline, sparklines
+from gateway.recordings.plot import BLOCKS, COLOURS, QUANTITIES, WORDS, Survey, picture, sparkline, sparklines
 from gateway.telemetry import Records
 from tests.log_parts import BEGIN_NS, PERIOD_NS
 

@@ -24,7 +24,7 @@ from mcap.stream_reader import StreamReader
 from mcap.writer import CompressionType, Writer
 from mcap_protobuf.decoder import DecoderFactory
 
-from gateway import recorder, telemetry
+from gateway import telemetry
 from gateway.config import shipped
 from gateway.log_reader import (
     TOPICS,
@@ -43,10 +43,11 @@ from gateway.log_reader import (
     Time,
     Topic,
 )
-from gateway.recorder import Recorder
-from gateway.recording import MAGIC, RECORD_HEAD, Collector
-from gateway.recording_file import RecordingFile, RecordingWriter
-from gateway.recording_reader import RecordingLog
+from gateway.recordings import recorder
+from gateway.recordings.file import RecordingFile, RecordingWriter
+from gateway.recordings.reader import RecordingLog
+from gateway.recordings.recorder import Recorder
+from gateway.recordings.recording import MAGIC, RECORD_HEAD, Collector
 from gateway.telemetry import FIELD_NAMES
 from tests.gateway_parts import MOTORS
 

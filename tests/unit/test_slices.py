@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import slices as slicing
 from gateway import telemetry
 from gateway.log_reader import Entries, Key, LogEntry, Missed, Part, Position, Samples
-from gateway.slices import Slice, slices
+from gateway.recordings import slices as slicing
+from gateway.recordings.slices import Slice, slices
 
 LENGTH_NS = 5
 NEXT = Position(1, 0)

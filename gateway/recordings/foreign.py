@@ -15,8 +15,8 @@ from mcap.records import Channel, Message
 
 from gateway import telemetry
 from gateway.log_reader import Entries, LogEntry, LogError, Missed, Part, Position, Samples, Topic
-from gateway.recording import RECORD_HEAD, SCHEMA_TOPICS
-from gateway.recording_file import BROKEN, Group, RecordingFile
+from gateway.recordings.file import BROKEN, Group, RecordingFile
+from gateway.recordings.recording import RECORD_HEAD, SCHEMA_TOPICS
 
 
 def arm_of(file: RecordingFile) -> str:

@@ -16,9 +16,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from drivers.clock import SECOND
 from gateway import config as configuration
-from gateway.bus_file import READ, SERIAL
-from gateway.cli_bus import replay_bus
-from gateway.cli_common import (
+from gateway.cli.bus import replay_bus
+from gateway.cli.common import (
     FromKafkaOption,
     FromOption,
     KafkaOption,
@@ -28,16 +27,17 @@ from gateway.cli_common import (
     parse_end,
     parse_start,
 )
-from gateway.cli_run import run_in_motion
+from gateway.cli.run import run_in_motion
 from gateway.log_reader import LogReader, Start, Topic
-from gateway.motion import Motion, as_virtual
-from gateway.pace import Pace, controlled
-from gateway.replay import OpenTarget, Played, replay
-from gateway.replay_journal import into_journal
-from gateway.replay_kafka import into_kafka
+from gateway.recordings.bus_file import READ, SERIAL
+from gateway.recordings.into_journal import into_journal
+from gateway.recordings.into_kafka import into_kafka
+from gateway.recordings.motion import Motion, as_virtual
+from gateway.recordings.pace import Pace, controlled
+from gateway.recordings.replay import OpenTarget, Played, replay
+from gateway.recordings.virtual_bus import CHOICES
 from gateway.source import open_source
 from gateway.state_dir import StateDir
-from gateway.virtual_bus import CHOICES
 
 Reader = Callable[[Topic], LogReader]
 

@@ -1,4 +1,4 @@
-"""Recording the raw traffic of one bus: tap (``gateway.tap``) -> order of the wire -> file (``gateway.bus_file``).
+"""Recording the raw traffic of one bus: tap (``gateway.tap``) -> order of the wire -> file (``bus_file``).
 
 A frame is told when it is read from its socket, which may be after a later one was sent; so what comes is held for a
 moment and sorted by its times. Those become event times as the samples' do (``gateway.event_time``), so that traffic
@@ -13,8 +13,8 @@ import numpy as np
 
 from drivers.clock import MS, SECOND, MonotonicNs, after, monotonic_ns
 from drivers.traffic import Traffic
-from gateway.bus_file import Writer
 from gateway.event_time import EventTime
+from gateway.recordings.bus_file import Writer
 from gateway.tap import Listener
 
 _LOOK_NS = 50 * MS

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from drivers.clock import MS, SECOND
 from gateway.kafka import TopicMismatch
 from gateway.log_reader import TOPICS, Entries, Key, LogError, LogReader, Missed, Samples, Topic
-from gateway.pace import Pace
-from gateway.slices import piece, slices
+from gateway.recordings.pace import Pace
+from gateway.recordings.slices import piece, slices
 from gateway.span import cut
 
 WRITTEN: tuple[Topic, ...] = ("telemetry", "events", "outcomes")

@@ -8,8 +8,9 @@ from typing import Annotated, NamedTuple
 import typer
 
 from drivers.motor import SETPOINTS, Kind
-from gateway import client, progress, units
-from gateway.cli_common import FAILED, ConfigFile, JsonOption, KafkaOption, load_config, to_json
+from gateway import client, units
+from gateway.cli import progress
+from gateway.cli.common import FAILED, ConfigFile, JsonOption, KafkaOption, load_config, to_json
 from gateway.commands import Outcome, State
 from gateway.events import ARM
 from gateway.log_reader import LogError, LogReader

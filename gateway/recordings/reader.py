@@ -19,7 +19,6 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway import foreign_recording as foreign
 from gateway.log_reader import (
     Entries,
     Key,
@@ -35,8 +34,9 @@ from gateway.log_reader import (
     Time,
     Topic,
 )
-from gateway.recording import LIBRARY, MAGIC, Hole, Mark, Run, decode_run
-from gateway.recording_file import BROKEN, Group, RecordingFile
+from gateway.recordings import foreign
+from gateway.recordings.file import BROKEN, Group, RecordingFile
+from gateway.recordings.recording import LIBRARY, MAGIC, Hole, Mark, Run, decode_run
 
 log = logging.getLogger(__name__)
 

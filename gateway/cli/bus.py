@@ -15,16 +15,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from drivers.clock import SECOND
 from drivers.traffic import Mark
-from gateway.bus_file import SERIAL, BusFile, Writer
-from gateway.bus_log import BusRecorder
-from gateway.bus_replay import Moment, Player
-from gateway.cli_common import A_TIME, epoch_ns
+from gateway.cli.common import A_TIME, epoch_ns
 from gateway.config import Config
-from gateway.pace import Pace, controlled
 from gateway.realtime import set_realtime
+from gateway.recordings.bus_file import SERIAL, BusFile, Writer
+from gateway.recordings.bus_log import BusRecorder
+from gateway.recordings.bus_replay import Moment, Player
+from gateway.recordings.pace import Pace, controlled
+from gateway.recordings.virtual_bus import NotVirtual, open_virtual
 from gateway.state_dir import StateDir
 from gateway.tap import Listener
-from gateway.virtual_bus import NotVirtual, open_virtual
 
 LOOK_S = 0.1
 REALTIME_PRIORITY = 21  # as that of simulated motors: it stands for a bus

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from drivers.clock import SECOND, epoch_ns
-from gateway import live
-from gateway.cli_bus import record_bus
-from gateway.cli_common import (
+from gateway.cli import live
+from gateway.cli.bus import record_bus
+from gateway.cli.common import (
     FromKafkaOption,
     FromOption,
     KafkaOption,
@@ -25,7 +25,7 @@ from gateway.cli_common import (
     parse_topics,
 )
 from gateway.log_reader import LogReader, Start
-from gateway.recorder import Recorder
+from gateway.recordings.recorder import Recorder
 from gateway.source import open_source
 
 MINUTE = 60 * SECOND

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gateway import reading
-from gateway.cli_common import (
+from gateway.cli import reading
+from gateway.cli.common import (
     FromKafkaOption,
     FromOption,
     KafkaOption,
@@ -20,8 +20,8 @@ from gateway.cli_common import (
     parse_start,
     parse_topics,
 )
-from gateway.export import ExportFile
 from gateway.log_reader import TOPICS, LogReader, Missed
+from gateway.recordings.export import ExportFile
 from gateway.source import open_source
 from gateway.span import cut
 

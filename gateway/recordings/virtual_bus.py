@@ -20,8 +20,8 @@ from drivers.family import CanFrame, Medium
 from drivers.sim.slcan import SlcanAdapter
 from drivers.sim.terminal import Terminal
 from drivers.traffic import Mark, Traffic
-from gateway.bus_file import to_message
-from gateway.vcan import link_kind
+from gateway.recordings.bus_file import to_message
+from gateway.recordings.vcan import link_kind
 
 CHOICES: Final = "virtual:CHANNEL, udp_multicast:GROUP, or socketcan:LINK where the link is a vcan"
 

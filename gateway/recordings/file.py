@@ -32,7 +32,7 @@ from mcap.records import (
 from mcap.stream_reader import get_chunk_data_stream
 
 from gateway.log_reader import LogError, Positions
-from gateway.recording import (
+from gateway.recordings.recording import (
     INDEX_HEAD,
     LIBRARY,
     MAGIC,

@@ -21,7 +21,7 @@ from drivers.sim.trace import TRACE, Playhead
 from gateway.board import Board
 from gateway.config import Arm, CanBus, Config, Simulation
 from gateway.log_reader import LogError, LogReader, Samples
-from gateway.pace import controlled
+from gateway.recordings.pace import controlled
 from gateway.span import cut
 from gateway.state_dir import StateDir
 from gateway.telemetry import Records

@@ -16,9 +16,9 @@ import numpy as np
 
 from drivers.clock import MS, SECOND
 from gateway import extras
-from gateway.envelope import Envelope, Floats, column_of
 from gateway.events import ARM
 from gateway.log_reader import Entries, LogError, Samples, records
+from gateway.recordings.envelope import Envelope, Floats, column_of
 
 QUANTITIES = (("position", "rad"), ("speed", "rad/s"), ("temperature", "°C"), ("lateness", "ms"))
 LATENESS = 3  # among them; until it is drawn, the gap between samples in ns

@@ -6,10 +6,10 @@ import sys
 
 from rich.console import Console
 
-from gateway import live
 from gateway.app import Gateway, run_gateway
+from gateway.cli import live
 from gateway.config import Config
-from gateway.motion import Motion
+from gateway.recordings.motion import Motion
 from gateway.source import open_source
 
 

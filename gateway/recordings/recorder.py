@@ -20,9 +20,9 @@ from typing import Self, TypeVar
 from gateway.journal_reader import JournalLog
 from gateway.kafka_reader import KafkaLog
 from gateway.log_reader import Key, LogError, LogReader, Missed, Position, Positions, Start
-from gateway.recording import Collector
-from gateway.recording_file import RecordingFile, RecordingWriter
-from gateway.recording_reader import number_of, recordings
+from gateway.recordings.file import RecordingFile, RecordingWriter
+from gateway.recordings.reader import number_of, recordings
+from gateway.recordings.recording import Collector
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from gateway import kafka, telemetry
 from gateway.config import Kafka, topic_name
 from gateway.log_reader import Key, LogError, Samples
 from gateway.producer import ContinuedProducer, next_epoch
-from gateway.replay import WRITTEN, OpenTarget, Run, Tail, Target, check_arm
+from gateway.recordings.replay import WRITTEN, OpenTarget, Run, Tail, Target, check_arm
 
 QUEUED = 32  # runs of a partition that wait while a batch is on its way
 

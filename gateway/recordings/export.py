@@ -10,9 +10,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from gateway import extras
-from gateway.arrays import UNITS
 from gateway.log_reader import Entries, LogError, Samples, Topic, records
-from gateway.telemetry import FIELD_NAMES, RECORD
+from gateway.telemetry import FIELD_NAMES, RECORD, UNITS
 
 ROW_GROUP = 1 << 17  # rows: as many are held in memory, and lie together in the file
 

@@ -15,7 +15,7 @@ from gateway.aside import set_aside
 from gateway.journal import Batch, Changes, Journal, Replayed, StoredEntry
 from gateway.journal_reader import JournalFile, journal_files
 from gateway.log_reader import Key, LogError, Samples
-from gateway.replay import OpenTarget, Run, Tail, Target, check_arm
+from gateway.recordings.replay import OpenTarget, Run, Tail, Target, check_arm
 from gateway.state_dir import StateDir
 from gateway.telemetry import RECORD
 

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gateway import plot as plotting
-from gateway import reading
-from gateway.cli_common import (
+from gateway.cli import reading
+from gateway.cli.common import (
     FromKafkaOption,
     FromOption,
     KafkaOption,
@@ -23,6 +22,7 @@ from gateway.cli_common import (
 )
 from gateway.events import ARM
 from gateway.log_reader import Missed, Seq, Start, Time, Topic
+from gateway.recordings import plot as plotting
 from gateway.source import open_source
 from gateway.span import cut
 

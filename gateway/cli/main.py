@@ -24,12 +24,12 @@ from drivers.buses import BusSpec, CanSpec, SerialSpec, adapters
 from drivers.clock import MS, SECOND, monotonic_ns
 from drivers.errors import DriverError
 from drivers.family import Medium
-from gateway import client, live, log_reader, plans
+from gateway import client, log_reader, plans
 from gateway import config as configuration
 from gateway import scan as scanning
-from gateway.bus_file import BusFileError
-from gateway.cli_command import command
-from gateway.cli_common import (
+from gateway.cli import live
+from gateway.cli.command import command
+from gateway.cli.common import (
     FAILED,
     WRONG,
     ConfigFile,
@@ -45,17 +45,18 @@ from gateway.cli_common import (
     print_json,
     to_json,
 )
-from gateway.cli_export import export
-from gateway.cli_plot import plot
-from gateway.cli_record import record_command
-from gateway.cli_replay import replay_command
-from gateway.cli_run import run_shown
+from gateway.cli.export import export
+from gateway.cli.plot import plot
+from gateway.cli.record import record_command
+from gateway.cli.replay import replay_command
+from gateway.cli.run import run_shown
 from gateway.config import ConfigError
 from gateway.draft import draft
 from gateway.extras import ExtraMissing
 from gateway.journal import JournalError
 from gateway.kafka import TopicMismatch
 from gateway.log_reader import LogError, LogReader, Missed, Record
+from gateway.recordings.bus_file import BusFileError
 from gateway.simulator import build_host
 from gateway.source import arm_log
 from gateway.state_dir import StateDir, StateDirError

@@ -1,6 +1,6 @@
 """Playing a file of raw traffic onto a virtual bus, at its own pace: the times between frames are kept.
 
-Deadlines are absolute (``gateway.pace``). A bus that does not take a frame in time loses it, as a wire does to whoever
+Deadlines are absolute (``pace``). A bus that does not take a frame in time loses it, as a wire does to whoever
 does not listen; as fast as can be, it is waited for. Blocking: meant for a thread of its own.
 """
 
@@ -10,9 +10,9 @@ from itertools import chain, islice
 
 from drivers.clock import MS, SECOND, after, monotonic_ns
 from drivers.traffic import Mark, Traffic
-from gateway.bus_file import BusFile, fault
-from gateway.pace import Pace
-from gateway.virtual_bus import VirtualBus
+from gateway.recordings.bus_file import BusFile, fault
+from gateway.recordings.pace import Pace
+from gateway.recordings.virtual_bus import VirtualBus
 
 _LOOK_NS = 20 * MS  # how soon a pause, the end, or somebody on the bus is noticed
 _PATIENCE_NS = SECOND  # with somebody who reads slowly, as fast as can be

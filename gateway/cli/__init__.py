@@ -1,0 +1,1 @@
+"""The command line: ``main`` puts it together, each larger command is a file; ``live`` and ``progress`` show."""
