@@ -142,7 +142,7 @@ async def test_round_through_recordings_kafka_and_a_journal_is_bit_for_bit(tmp_p
     await record(first, in_journal(state))
     everything = await held(functools.partial(of_recording, first))
     assert everything == await held(lambda topic: JournalLog(state, [topic], "beginning", follow=False))
-    assert sum(map(len, everything.values())) == 920
+    assert sum(map(len, everything.values())) == 960
 
     assert config.kafka
     await play(functools.partial(of_recording, first), into_kafka(config.kafka, config.arm.name))
