@@ -18,7 +18,8 @@ demo: .venv/installed ## show six simulated motors live (needs Python only); ARG
 
 test: setup lint ## lint, all tests against a real Kafka broker, with coverage, and the CAN suites on SocketCAN
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage run -m pytest -m "not alone" --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/coverage run -m pytest -m alone $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 	@$(MAKE) --no-print-directory socketcan ARGS=

@@ -226,6 +226,7 @@ class Gateway:
             self.board.note_rates()
             self._commander.check_deadlines()
             if self._publisher:
+                self.board.set_aside = self._publisher.before
                 for view in self.board.motors.values():
                     view.acknowledged_seq = self._publisher.acknowledged(view.config.partition)
             if count % STATUS_TICKS == 0 and (writing is None or writing.done()):  # a sick disk holds up nothing else

@@ -105,6 +105,7 @@ class Board:
         self.kafka = "down" if config.kafka else "not used"
         self.kafka_detail = ""
         self.journal_detail = ""
+        self.set_aside: Mapping[Path, bool] = {}  # earlier journals, and whether the broker has them
         self.motion = ""  # how far simulated motors are in a recording
         self.latches: Mapping[str, Latch] = {}  # of motors by name, and of the arm
 
@@ -152,7 +153,12 @@ class Board:
             "arm": self.arm,
             "at_ns": self._time.now(),
             "kafka": {"state": self.kafka, "detail": self.kafka_detail},
-            "journal": {"path": str(self.journal), "stream": self.stream, "detail": self.journal_detail},
+            "journal": {
+                "path": str(self.journal),
+                "stream": self.stream,
+                "detail": self.journal_detail,
+                "set_aside": {path.name: published for path, published in self.set_aside.items()},
+            },
             "estop": _latch(self.latches.get(ARM)),
             "buses": [self._bus(view) for view in self.buses.values()],
             "motors": [self._motor(view) for _, view in sorted(self.motors.items())],

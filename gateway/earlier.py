@@ -38,7 +38,8 @@ class Earlier:
         ``lost`` is called with (stream, what, why) for records that are nowhere, once they have been gone past.
         """
         self._config = config
-        self._paths = list(paths)
+        self.done_with = dict.fromkeys(paths, False)
+        """Which of the journals the broker lacks nothing of any more that can be read."""
         self._successor = successor
         self._lost = lost
         self._ear = ear
@@ -51,7 +52,9 @@ class Earlier:
         ``tails`` are those of now. Until ``done`` is called, the same flow begins again.
         """
         if self._asides is None:
-            self._asides = [aside for path in self._paths if (aside := open_aside(path))]
+            self._asides = [aside for path in self.done_with if (aside := open_aside(path))]
+            opened = [aside.path for aside in self._asides]
+            self.done_with = {path: path not in opened for path in self.done_with}
         while self._asides:
             flow = self._flow = self._flow or self._flow_of(self._asides[0])
             self._place(flow, self._asides[0], tails)
@@ -70,6 +73,7 @@ class Earlier:
         lost = [*dict.fromkeys(flow.gaps), *(end for end in ends if end.from_seq <= end.to_seq)]
         self._lost(aside.stream, lost, LACKING)
         self._flow = None
+        self.done_with[aside.path] = True
         aside.reader.close()
 
     def _flow_of(self, aside: Aside) -> Flow:

@@ -102,6 +102,11 @@ class Publisher:
         lane = self._flow.lane(topic, partition)
         return lane.seq if lane else 0
 
+    @property
+    def before(self) -> Mapping[Path, bool]:
+        """The journals that were set aside, and whether all that can be read of them is with the broker."""
+        return self._earlier.done_with
+
     # -- sessions ------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

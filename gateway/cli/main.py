@@ -330,6 +330,9 @@ def _print_status(found: dict[str, Any], pid: int | None, *, verbose: bool) -> N
     console.print(f"kafka: {kafka['state']} {kafka['detail']}".rstrip())
     if found["journal"]["detail"]:
         console.print(f"journal: {found['journal']['detail']}")
+    for name, published in found["journal"].get("set_aside", {}).items():
+        what = "published, may be moved away" if published else "not published yet, leave it there"
+        console.print(f"journal: {name} was set aside; {what}")
     if estop := found.get("estop"):
         console.print(f"EMERGENCY STOP {_latch(estop)}; until: command * reset_estop", style="bold red")
     for bus in found["buses"]:

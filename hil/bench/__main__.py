@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hil.bench import commands, cycle, event_cost, gateway_cpu, logs, report, restart, wire
+from hil.bench import commands, cycle, event_cost, gateway_cpu, logs, report, restart, round_trip, wire
 from hil.kafka import RigError
 
 BENCHMARKS: dict[str, Callable[[Console, float], dict[str, Any]]] = {
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[Console, float], dict[str, Any]]] = {
     "restart": restart.run,
     "commands": commands.run,
     "logs": logs.run,
+    "round-trip": round_trip.run,
 }
 
 

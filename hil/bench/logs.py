@@ -56,8 +56,8 @@ class _Bench:
         self.directory = directory
         self.servers = servers
         self.journal = directory / "journal.db"
-        self.records = _make_records(round(seconds * SPEED_UP * RATE_HZ))
-        _write_journal(self.journal, self.records)
+        self.records = make_records(round(seconds * SPEED_UP * RATE_HZ))
+        write_journal(self.journal, self.records)
         times = self.records["sampled_at_ns"].tolist()
         motors = self.records["partition"].tolist()
         self.messages = list(zip(motors, times, telemetry.messages(self.records), strict=True))
@@ -86,7 +86,7 @@ def run(console: Console, seconds: float) -> dict[str, Any]:
     return _tell(console, found, len(bench.records))
 
 
-def _make_records(count: int) -> Records:
+def make_records(count: int) -> Records:
     """``count`` samples of each motor, motors by turns: a slow wave with the noise of an encoder."""
     at, motor = np.divmod(np.arange(count * MOTORS), MOTORS)
     records = telemetry.blank(len(at))
@@ -103,7 +103,8 @@ def _make_records(count: int) -> Records:
     return records
 
 
-def _write_journal(path: Path, records: Records) -> None:
+def write_journal(path: Path, records: Records) -> None:
+    """A journal that holds ``records``, and gives them its stream."""
     with closing(Journal(path, "arm1", {n: f"joint{n + 1}" for n in range(MOTORS)}, 1 << 40)) as journal:
         records["stream"] = journal.stream
         rows = [records[first : first + ROW] for first in range(0, len(records), ROW)]

@@ -174,7 +174,7 @@ class Rig:
                     if not (self._killed or self._lives_read_only):
                         self.ended.append(self.arm.log_tail)
                     self._start()
-            with contextlib.suppress(OSError):  # read-only: the next time
+            with contextlib.suppress(OSError, ValueError):  # read-only, or no status: the next time
                 self._archive()
             now = monotonic_ns()
             if now >= look_at and now - self.lives[-1].began_ns > STARTED_S * SECOND:
@@ -183,8 +183,9 @@ class Rig:
                     self.lives[-1].memory.append((now, pss_mb(self.arm.pid)))
 
     def _archive(self) -> None:
-        """Move away what was set aside, but for the last, which its successor may still have to read."""
-        for path in aside(self.arm.state)[:-1]:
+        """Move away what was set aside and is published, but for the last, which its successor may have to read."""
+        published = self.arm.status()["journal"]["set_aside"]
+        for path in [path for path in aside(self.arm.state)[:-1] if published.get(path.name)]:
             for part in (path.with_name(path.name + suffix) for suffix in ("-shm", "-wal", "")):
                 if part.exists():
                     shutil.move(part, self.archive / part.name)

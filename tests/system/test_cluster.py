@@ -10,6 +10,8 @@ from hil.cluster import Cluster
 from hil.kafka import RigError
 from hil.logs import read
 
+pytestmark = pytest.mark.alone
+
 WITHIN_S = 30
 
 

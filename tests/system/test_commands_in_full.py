@@ -24,6 +24,8 @@ from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
 from tests.system.rig import create_topic, pass_time, produce, put_on_links, see
 
+pytestmark = pytest.mark.alone
+
 SPEED_RAD_S = 0.2
 STILL_RAD_S = 0.02
 STILL_RAD = 0.01  # an encoder's step and a motor's settling

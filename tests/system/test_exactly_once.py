@@ -306,8 +306,10 @@ async def test_what_the_broker_lacks_of_a_journal_that_was_set_aside_comes_befor
     gateway.set_aside()
     for _ in range(2):  # the second time there is nothing to be done
         async with gateway.running() as run:
+            assert list(run.publisher.before.values()) == [False, False]
             run.write(3)
             await run.acknowledged()
+            assert list(run.publisher.before.values()) == [True, True]
     found = await judged(broker, gateway)
     assert (found.ok, found.streams, gateway.lost) == (True, 3, [(first, []), (second, [])] * 2)
     assert await published(broker, gateway, first) == {motor: list(range(1, 16)) for motor in MOTORS}

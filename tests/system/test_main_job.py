@@ -23,6 +23,8 @@ from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
 from tests.system.rig import events, pass_time, wait_event
 
+pytestmark = pytest.mark.alone
+
 RATE_KEPT = 0.8  # of the undisturbed rate of the same run
 STS = ("joint4", "joint5", "joint6")
 CAN = ("joint1", "joint2", "joint3")
