@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from drivers.clock import MS, SECOND, monotonic_ns
+from drivers.clock import MS, SECOND, after, monotonic_ns, sleep_until
 from gateway.config import kafka_at
 from gateway.log_reader import Key, LogReader, Missed, Samples, Topic
 from gateway.recordings.into_journal import into_journal
@@ -37,7 +37,7 @@ from hil.bench.report import show
 from hil.kafka import Broker, RigError
 
 KILLS = 5
-KILLED_AFTER_S = (0.8, 2.0)  # Python needs most of the first second to start
+BYTES = 39  # of a sample in a recording
 ARM = "again"
 
 Open = Callable[[Topic], LogReader]
@@ -54,9 +54,9 @@ def run(console: Console, seconds: float) -> dict[str, Any]:
         toml = here / "again.toml"
         toml.write_text(TOML.format(state=here / "none", servers=broker.bootstrap))
         found = {"journal": _look(_source(journal))}
-        kills = _record_and_kill(journal, here / "first")
+        kills = _record_and_kill(journal, here / "first", len(records) * BYTES)
         found[f"recording, its recorder killed {kills} times"] = _look(_source(here / "first"))
-        _play(_source(here / "first"), into_journal(back, ARM))
+        _play(_source(here / "first"), into_journal(back, "back"))
         found["journal of a replay"] = _look(_source(back.journal))
         _record(_source(back.journal), here / "second")
         found["recording of that"] = _look(_source(here / "second"))
@@ -117,15 +117,16 @@ def _look(source: Open) -> dict[str, tuple[int, str]]:
     return asyncio.run(look())
 
 
-def _record_and_kill(journal: Path, directory: Path) -> int:
-    """Record as a user does, SIGKILL that a few times, and let the last one end; how often it was hit."""
+def _record_and_kill(journal: Path, directory: Path, whole_bytes: int) -> int:
+    """Record as a user does, SIGKILL that a few times as it grows, and let the last one end; how often it was hit."""
     command = [str(Path(sys.executable).with_name("servo-gateway")), "record", str(journal), "--out", str(directory)]
     command += ["--topic", "telemetry", "--no-follow"]
     chance, hit = random.Random(1), 0
-    for _ in range(KILLS):
+    for number in range(KILLS):
+        enough = whole_bytes * (number + chance.random()) / (KILLS + 1)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(*KILLED_AFTER_S))
+        while process.poll() is None and sum(path.stat().st_size for path in directory.glob("*.mcap")) < enough:
+            sleep_until(after(monotonic_ns(), MS))
         process.kill()
         hit += process.wait() == -signal.SIGKILL
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -147,14 +148,16 @@ class _Watch(Target):
     """Takes a replay and notes when."""
 
     def __init__(self) -> None:
-        self.off_ns: list[NDArray[np.int64]] = []
+        self.off_ns: dict[str, list[NDArray[np.int64]]] = {}
 
     def tail(self, key: Key) -> Tail | None:  # noqa: ARG002
         return None
 
     async def write(self, runs: Sequence[Run]) -> None:
         now = monotonic_ns()
-        self.off_ns += [now - run.part.records["sampled_at_ns"] for run in runs if isinstance(run.part, Samples)]
+        for part in (run.part for run in runs):
+            assert isinstance(part, Samples)
+            self.off_ns.setdefault(part.motor, []).append(now - part.records["sampled_at_ns"])
 
 
 def _time(source: Open, seconds: float) -> NDArray[np.float64]:
@@ -171,8 +174,8 @@ def _time(source: Open, seconds: float) -> NDArray[np.float64]:
         await replay(source, target, Pace(1.0), Played(), until_ns=first_ns + round(seconds * SECOND))
 
     asyncio.run(play())
-    off_ns = np.concatenate(watch.off_ns)
-    return np.abs(off_ns - np.median(off_ns)) / MS
+    motors = [np.concatenate(off_ns) for off_ns in watch.off_ns.values()]
+    return np.concatenate([np.abs(off_ns - np.median(off_ns)) for off_ns in motors]) / MS
 
 
 def _tell(
