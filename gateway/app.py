@@ -45,7 +45,16 @@ from gateway.config import Config
 from gateway.event_time import EventTime
 from gateway.events import ARM, EventType, make_event
 from gateway.evidence import read_evidence, why_behind
-from gateway.journal import Changes, Journal, JournalBroken, JournalError, JournalReader, ProducerState, is_broken
+from gateway.journal import (
+    Changes,
+    Journal,
+    JournalBroken,
+    JournalError,
+    JournalReader,
+    Lost,
+    ProducerState,
+    is_broken,
+)
 from gateway.kafka import TopicMismatch
 from gateway.latches import Latches
 from gateway.publisher import JournalBehind, Publisher
@@ -107,7 +116,7 @@ class Gateway:
                 bookmark=self._writer.published,
                 changed=self._kafka_changed,
                 event=self._event,
-                lost=self._writer.lost_before,
+                lost=self._tell_lost,
                 remember=self._remember_producer,
             )
             if config.kafka
@@ -413,8 +422,17 @@ class Gateway:
         self._event(EventType(f"kafka.{state}"), detail=detail)
 
     async def _remember_producer(self, state: ProducerState) -> None:
-        """Who we are to the broker, written down before it is used; a sick disk does not keep us from publishing."""
+        """Who we are to the broker, written down before it is used."""
         self._writer.producer(state)
+        await self._written()
+
+    async def _tell_lost(self, stream: int, lost: Sequence[Lost], why: str) -> None:
+        """What is lost of a stream before, written down before anything behind it is published."""
+        self._writer.lost_before(stream, lost, why)
+        await self._written()
+
+    async def _written(self) -> None:
+        """A sick disk does not keep us from publishing."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._writer.durable(), REMEMBER_S)
 

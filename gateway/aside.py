@@ -45,7 +45,7 @@ class Left:
         if evidence is None or (self.stream is not None and self.stream != evidence.stream):
             return
         self.stream = evidence.stream
-        self.newest_ns = max(self.newest_ns, evidence.at_ns)
+        self.newest_ns = max(self.newest_ns, evidence.newest_ns)
         for known, more in (self.seqs, evidence.seqs), (self.acknowledged, evidence.acknowledged):
             known |= {at: max(seq, known.get(at, 0)) for at, seq in more.items() if seq}
 

@@ -16,7 +16,7 @@ from drivers.clock import SECOND, monotonic_ns
 from drivers.motor import Status
 from drivers.notices import CycleStats
 from gateway.config import Config, Motor
-from gateway.event_time import EventTime
+from gateway.event_time import EventTime, boot_id
 from gateway.events import ARM
 from gateway.latches import Latch
 from gateway.telemetry import Records, by_partition
@@ -152,6 +152,8 @@ class Board:
         return {
             "arm": self.arm,
             "at_ns": self._time.now(),
+            "monotonic_ns": monotonic_ns(),
+            "boot": boot_id(),
             "kafka": {"state": self.kafka, "detail": self.kafka_detail},
             "journal": {
                 "path": str(self.journal),

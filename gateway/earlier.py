@@ -5,7 +5,7 @@ down about it, and a gateway that is killed meanwhile goes on where the partitio
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from aiokafka import TopicPartition
@@ -30,12 +30,12 @@ class Earlier:
         config: Config,
         paths: Sequence[Path],
         successor: int,
-        lost: Callable[[int, Sequence[Lost], str], None],
+        lost: Callable[[int, Sequence[Lost], str], Awaitable[None]],
         ear: Ear,
     ) -> None:
         """``paths``: the journals; ``successor``: the stream that comes after theirs.
 
-        ``lost`` is called with (stream, what, why) for records that are nowhere, once they have been gone past.
+        ``lost`` is called with (stream, what, why) for records that are nowhere; it writes that down.
         """
         self._config = config
         self.done_with = dict.fromkeys(paths, False)
@@ -46,7 +46,7 @@ class Earlier:
         self._asides: list[Aside] | None = None
         self._flow: Flow | None = None
 
-    def begin(self, tails: Tails) -> Flow | None:
+    async def begin(self, tails: Tails) -> Flow | None:
         """The flow that comes next, to be run until it is drained; None if no more is due.
 
         ``tails`` are those of now. Until ``done`` is called, the same flow begins again.
@@ -61,17 +61,17 @@ class Earlier:
             if any(lane.pending() for lane in flow.lanes):
                 log.info("publishing what the broker lacks of journal %s", self._asides[0].path)
                 return flow
-            self.done()
+            await self.done()
         return None
 
-    def done(self) -> None:
+    async def done(self) -> None:
         """The flow is drained."""
         assert self._asides  # noqa: S101  ``begin`` has returned a flow
         assert self._flow  # noqa: S101
         aside, flow = self._asides.pop(0), self._flow
         ends = [Lost(lane.partition, lane.seq + 1, _held(aside, lane), lane.name) for lane in flow.lanes]
-        lost = [*dict.fromkeys(flow.gaps), *(end for end in ends if end.from_seq <= end.to_seq)]
-        self._lost(aside.stream, lost, LACKING)
+        if lost := [end for end in ends if end.from_seq <= end.to_seq]:
+            await self._lost(aside.stream, lost, LACKING)
         self._flow = None
         self.done_with[aside.path] = True
         aside.reader.close()
@@ -80,7 +80,11 @@ class Earlier:
         ours = {motor.partition for motor in self._config.motors}
         motors = {at: name for at, name in aside.motors.items() if at in ours}
         lanes = lanes_of(self._config, aside.reader, Recent(*aside.ends), motors)
-        return Flow(lanes, aside.producer, lambda *_: None, _forget, self._ear)
+
+        async def past(lost: Lost) -> None:
+            await self._lost(aside.stream, [lost], LACKING)
+
+        return Flow(lanes, aside.producer, lambda *_: None, _forget, self._ear, past)
 
     def _place(self, flow: Flow, aside: Aside, tails: Tails) -> None:
         """Set each lane behind what its partition holds. Raises ForeignRecord."""

@@ -6,6 +6,7 @@ goes on at half speed until the wall clock has caught up: order and spacing surv
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,11 @@ class EventTime:
     def now(self) -> EpochNs:
         """The event time of this moment."""
         return EpochNs(int(self.of(np.array(self._monotonic()))))
+
+
+def boot_id() -> str:
+    """Which start of the machine this is: its monotonic clock counts from there (Linux, random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def wall_age_ms(issued_at_ns: int, now_ns: int | None = None) -> float:

@@ -3,7 +3,8 @@
 A journal cannot know what it has lost: a damaged WAL ends, for SQLite, where the damage begins, and what a killed
 gateway published from memory was never in it. Two witnesses can:
 
-    status.json     the newest sequence number of each motor, at most a second old
+    status.json     the newest sequence number of each motor, at most a second old, and event time, which goes on with
+                    the machine's monotonic clock
     journal.whole   is there while the journal holds everything that was given out; a full disk lets go of it, too
 """
 
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import msgspec
 
+from drivers.clock import monotonic_ns
+from gateway.event_time import boot_id
 from gateway.journal import Journal
 
 
@@ -19,7 +22,7 @@ class Evidence(NamedTuple):
     """What the status file says of a stream."""
 
     stream: int
-    at_ns: int  # event time
+    newest_ns: int  # event time: none of its records is newer
     seqs: dict[int, int]  # partition -> newest sequence number
     acknowledged: dict[int, int]  # partition -> newest that the broker had
 
@@ -38,6 +41,8 @@ class _Status(msgspec.Struct):
     at_ns: int
     journal: _Journal
     motors: list[_Motor]
+    monotonic_ns: int = 0
+    boot: str = ""  # of which start of the machine that time counts
 
 
 def read_evidence(status: Path) -> Evidence | None:
@@ -48,7 +53,8 @@ def read_evidence(status: Path) -> Evidence | None:
         return None
     seqs = {motor.partition: motor.seq for motor in found.motors}
     acknowledged = {motor.partition: motor.seq - motor.lag for motor in found.motors if motor.lag is not None}
-    return Evidence(found.journal.stream, found.at_ns, seqs, acknowledged)
+    since_ns = max(0, monotonic_ns() - found.monotonic_ns) if found.boot == boot_id() else 0
+    return Evidence(found.journal.stream, found.at_ns + since_ns, seqs, acknowledged)
 
 
 def why_behind(journal: Journal, whole: Path, evidence: Evidence | None) -> str:

@@ -39,6 +39,10 @@ class Ear(NamedTuple):
     refused_time: Callable[[str], None]
 
 
+async def _nobody(lost: Lost) -> None:
+    """The writer of a journal tells what is lost of it."""
+
+
 class Flow:
     """One journal's lanes on their way to the broker."""
 
@@ -49,14 +53,16 @@ class Flow:
         bookmark: Callable[[str, int, int, int], None],
         remember: Callable[[ProducerState], Awaitable[None]],
         ear: Ear,
+        past: Callable[[Lost], Awaitable[None]] = _nobody,
     ) -> None:
         """``identity``: who the journal's records are sent as; None: as a fresh producer.
 
         ``bookmark`` is called with (topic, partition, seq, row) as the broker acknowledges. ``remember`` writes down
-        who we are to the broker, before that is used.
+        who we are to the broker, before that is used. ``past`` is told what the journal lacks, before the broker gets
+        what comes behind: afterwards nobody finds it again.
         """
         self.lanes = lanes
-        self.gaps: list[Lost] = []  # what the lanes went past
+        self._past = past
         self._identity = identity
         self._bookmark = bookmark
         self._remember = remember
@@ -149,7 +155,7 @@ class Flow:
         first = items[0].seq
         position = self._position(lane, first)
         if first != lane.seq + 1:
-            self.gaps.append(Lost(lane.partition, lane.seq + 1, first - 1, lane.name))
+            await self._past(Lost(lane.partition, lane.seq + 1, first - 1, lane.name))
             if not begins_epoch(position):  # it does if a run got as far and was not heard
                 position = next_epoch(position)
                 await self._rebase({(lane.name, lane.partition): first - position})

@@ -48,8 +48,8 @@ class Publisher:
     ``before`` are journals that were set aside, oldest first; ``owner`` is who claims the arm (``StateDir.owner``).
     ``bookmark`` is called with (topic, partition, seq, row) as the broker acknowledges; ``changed`` with the state
     (``up``, ``down``, ``refused``, ``contested``) and what is wrong, when that changes; ``event`` with what else is
-    worth telling; ``lost`` with (stream, what, why) for records of a journal before that are nowhere. ``remember``
-    writes down who we are to the broker, before that is used.
+    worth telling. ``lost`` writes down (stream, what, why) of records of a journal before that are nowhere,
+    ``remember`` who we are to the broker, before that is used.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Publisher:
         bookmark: Callable[[str, int, int, int], None],
         changed: Callable[[str, str], None],
         event: Callable[..., None],
-        lost: Callable[[int, Sequence[Lost], str], None],
+        lost: Callable[[int, Sequence[Lost], str], Awaitable[None]],
         remember: Callable[[ProducerState], Awaitable[None]],
     ) -> None:
         assert config.kafka is not None  # noqa: S101  the composition root makes no publisher otherwise
@@ -165,9 +165,9 @@ class Publisher:
         async with self.claim.held(lambda other: self._tell("contested", other)) as keeping:
             keeping.add_done_callback(self._claim_ended)
             tails = await self._ask_tails()
-            while flow := self._earlier.begin(tails):
+            while flow := await self._earlier.begin(tails):
                 await self._run(flow, cluster, keeping, drain=True)
-                self._earlier.done()
+                await self._earlier.done()
                 tails = await self._ask_tails()
             if not self._flow.known_to(cluster):
                 self._bookmarks.clear()  # of the cluster before

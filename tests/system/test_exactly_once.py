@@ -5,7 +5,7 @@ Most tests run the publisher alone, with a journal of its own and records made b
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,12 @@ class Run:
             bookmark=lambda *at: None,
             changed=gateway.changed,
             event=lambda kind, **details: gateway.events.append((kind, details)),
-            lost=lambda stream, lost, why: gateway.lost.append((stream, list(lost))),
+            lost=self._lost,
             remember=self._remember,
         )
+
+    async def _lost(self, stream: int, lost: Sequence[Lost], why: str) -> None:
+        self._gateway.lost.append((stream, list(lost)))
 
     async def _remember(self, state: ProducerState) -> None:
         self._journal.commit(Changes(producer=state))
@@ -311,7 +314,7 @@ async def test_what_the_broker_lacks_of_a_journal_that_was_set_aside_comes_befor
             await run.acknowledged()
             assert list(run.publisher.before.values()) == [True, True]
     found = await judged(broker, gateway)
-    assert (found.ok, found.streams, gateway.lost) == (True, 3, [(first, []), (second, [])] * 2)
+    assert (found.ok, found.streams, gateway.lost) == (True, 3, [])
     assert await published(broker, gateway, first) == {motor: list(range(1, 16)) for motor in MOTORS}
     assert await published(broker, gateway, second) == {motor: list(range(1, 5)) for motor in MOTORS}
     outcomes = [record.value async for record in read(broker.bootstrap, f"servo.{gateway.arm}.outcomes")]
@@ -340,7 +343,7 @@ async def test_what_cannot_be_read_of_a_journal_that_was_set_aside_is_told(gatew
     async with gateway.running() as run:
         run.write(2)
         await run.acknowledged()
-    assert gateway.lost == [(first, [Lost(0, 3, 4), Lost(1, 3, 4)])]
+    assert sorted(gateway.lost) == [(first, [Lost(0, 3, 4)]), (first, [Lost(1, 3, 4)])]
     assert await published(broker, gateway, first) == {motor: [1, 2, 5, 6, 7, 8, 9] for motor in MOTORS}
 
 

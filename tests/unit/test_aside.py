@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from drivers.clock import SECOND, epoch_ns
+from drivers.clock import SECOND, epoch_ns, monotonic_ns
 from drivers.motor import Kind
 from gateway import local_commands
 from gateway.app import Gateway, run_gateway
 from gateway.aside import Left, open_aside, set_aside
 from gateway.commands import Command, encode_command
 from gateway.config import Config
+from gateway.event_time import boot_id
 from gateway.evidence import Evidence
 from gateway.journal import Changes, CommandState, Journal, JournalError, JournalReader, Lost
 from gateway.state_dir import StateDir
@@ -247,6 +248,21 @@ async def test_journal_that_is_behind_the_status_file_is_set_aside_and_what_is_g
     spans = [(gap["motor"], gap["stream"], gap["from_seq"], gap["to_seq"]) for gap in gaps]
     assert spans == [("joint1", stream, 81, 85)]
     assert all(event["at_ns"] >= ahead_ns for event in told)
+
+
+async def test_times_go_on_behind_all_that_the_old_stream_can_have_published(tmp_path: Path) -> None:
+    """From memory, since its last status: that is as long ago as the machine's monotonic clock says."""
+    config = make_config(tmp_path)
+    config.arm.state_dir.mkdir()
+    state = StateDir(config.arm.state_dir)
+    stream = write(state.journal)
+    ahead_ns = epoch_ns() + 3600 * SECOND  # the wall clock was set back meanwhile
+    for boot, since_s in (boot_id(), 500), ("another", 0):
+        clock = {"monotonic_ns": monotonic_ns() - 500 * SECOND, "boot": boot}
+        state.write_status(status_of(stream, {0: 1000}, ahead_ns) | clock)
+        stream, told = await successor(config)
+        first_ns = min(event["at_ns"] for event in told)
+        assert since_s <= (first_ns - ahead_ns) / SECOND < since_s + DEADLINE_S
 
 
 @pytest.mark.parametrize("seqs", [{0: 80, 1: 40}, {0: 0, 1: 0}, {5: 100}])

@@ -276,6 +276,9 @@ def test_publisher_has_a_lane_for_all_that_the_arm_writes(journal: Journal, tmp_
     async def remember(state: ProducerState) -> None:
         told.append(state)
 
+    async def lost(*what: object) -> None:
+        told.append(what)
+
     with closing(JournalReader(journal.path)) as reader:
         newest = Recent(0, 0)
         publisher = Publisher(
@@ -288,7 +291,7 @@ def test_publisher_has_a_lane_for_all_that_the_arm_writes(journal: Journal, tmp_
             bookmark=lambda *at: told.append(at),
             changed=lambda *state: told.append(state),
             event=lambda kind, **details: told.append(kind),
-            lost=lambda *what: told.append(what),
+            lost=lost,
             remember=remember,
         )
         found = {(lane.topic, lane.partition) for lane in publisher._flow.lanes}
