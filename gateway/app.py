@@ -116,6 +116,7 @@ class Gateway:
                 bookmark=self._writer.published,
                 changed=self._kafka_changed,
                 event=self._event,
+                damage_told=self._damage_told,
                 lost=self._tell_lost,
                 remember=self._remember_producer,
             )
@@ -430,6 +431,11 @@ class Gateway:
         """What is lost of a stream before, written down before anything behind it is published."""
         self._writer.lost_before(stream, lost, why)
         await self._written()
+
+    async def _damage_told(self, lost: Lost) -> None:  # noqa: ARG002  the writer finds out itself
+        """The loss of damaged rows is written down before anything behind them is published."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._writer.looked(), REMEMBER_S)
 
     async def _written(self) -> None:
         """A sick disk does not keep us from publishing."""

@@ -39,10 +39,6 @@ class Ear(NamedTuple):
     refused_time: Callable[[str], None]
 
 
-async def _nobody(lost: Lost) -> None:
-    """The writer of a journal tells what is lost of it."""
-
-
 class Flow:
     """One journal's lanes on their way to the broker."""
 
@@ -53,7 +49,7 @@ class Flow:
         bookmark: Callable[[str, int, int, int], None],
         remember: Callable[[ProducerState], Awaitable[None]],
         ear: Ear,
-        past: Callable[[Lost], Awaitable[None]] = _nobody,
+        past: Callable[[Lost], Awaitable[None]],
     ) -> None:
         """``identity``: who the journal's records are sent as; None: as a fresh producer.
 

@@ -48,8 +48,8 @@ class Publisher:
     ``before`` are journals that were set aside, oldest first; ``owner`` is who claims the arm (``StateDir.owner``).
     ``bookmark`` is called with (topic, partition, seq, row) as the broker acknowledges; ``changed`` with the state
     (``up``, ``down``, ``refused``, ``contested``) and what is wrong, when that changes; ``event`` with what else is
-    worth telling. ``lost`` writes down (stream, what, why) of records of a journal before that are nowhere,
-    ``remember`` who we are to the broker, before that is used.
+    worth telling. ``damage_told`` returns when the loss of a range of this journal is written down; ``lost`` writes
+    down (stream, what, why) of records of a journal before that are nowhere, ``remember`` who we are to the broker.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Publisher:
         changed: Callable[[str, str], None],
         event: Callable[..., None],
         lost: Callable[[int, Sequence[Lost], str], Awaitable[None]],
+        damage_told: Callable[[Lost], Awaitable[None]],
         remember: Callable[[ProducerState], Awaitable[None]],
     ) -> None:
         assert config.kafka is not None  # noqa: S101  the composition root makes no publisher otherwise
@@ -78,9 +79,8 @@ class Publisher:
         self._told_timestamps = False
         ear = Ear(self.claim.check_now, self._refused_time)
         motors = {motor.partition: motor.name for motor in config.motors}
-        self._flow = Flow(
-            lanes_of(config, reader, recent, motors), reader.producer(), self._acknowledged, remember, ear
-        )
+        lanes = lanes_of(config, reader, recent, motors)
+        self._flow = Flow(lanes, reader.producer(), self._acknowledged, remember, ear, damage_told)
         self._earlier = Earlier(config, before, reader.stream, lost, ear)
         self._running = self._flow  # or one of the earlier
         self._held_at_start = {("telemetry", p): head.seq for p, head in heads.items()} | reader.newest_entries()

@@ -135,6 +135,7 @@ class LogWriter:
         self._inbox = dict(journal.inbox)
         self._published_upto: dict[tuple[str, int], tuple[int, int]] = {}
         self._suspects = set(journal.damaged_at_start)  # rows of telemetry that somebody could not read
+        self._looking: list[Callable[[], None]] = []  # called when their loss is told, and that is committed
         self._idle = False  # the thread waits for something to do
         self._stopping = False
         self._failing = False
@@ -231,6 +232,14 @@ class LogWriter:
         """Return when everything appended so far is committed."""
         done = self._loop.create_future()
         self.when_durable(lambda: None if done.done() else done.set_result(None))
+        await done
+
+    async def looked(self) -> None:
+        """Return when the loss of all rows that ``check`` was called with is told, and that is committed."""
+        done = self._loop.create_future()
+        with self._wake:
+            self._looking.append(lambda: None if done.done() else done.set_result(None))
+            self._wake.notify()
         await done
 
     def relieve(self) -> None:
@@ -433,7 +442,8 @@ class LogWriter:
                 self._commit(work)
                 if not self._marked:
                     self._mark()
-            if not (self._failing or stopping) and (self._suspects or now - housekeeping_at > HOUSEKEEPING_NS):
+            look = self._suspects or self._looking
+            if not (self._failing or stopping) and (look or now - housekeeping_at > HOUSEKEEPING_NS):
                 housekeeping_at = now
                 self._keep_house()
             if stopping and not self._unsaved and not self._pending():
@@ -445,7 +455,7 @@ class LogWriter:
             self._wake.wait(SICK_FLUSH_S)
             return
         self._idle = True
-        while not (self._pending() or self._unsaved or self._suspects or self._stopping):
+        while not (self._pending() or self._unsaved or self._suspects or self._looking or self._stopping):
             self._wake.wait()
         self._idle = False
         linger_ns = flushed_at + self._flush_ns - monotonic_ns()
@@ -527,6 +537,7 @@ class LogWriter:
             self._busy_since = monotonic_ns()
             published, self._published_upto = self._published_upto, {}
             suspects, self._suspects = self._suspects, set()
+            looking, self._looking = self._looking, []
         if self._acknowledged is not None:
             self._acknowledged |= published
         damaged: list[Damage] = []
@@ -553,7 +564,10 @@ class LogWriter:
                 self._tell_lost(removed, "journal full")
             if failed:
                 self._suspects |= suspects
+                self._looking += looking
                 self._fail(failed)
+            else:
+                self._gathering.durable += looking
 
     def _tell(self, call: Callable[..., None], *values: object) -> None:
         if not self._loop.is_closed():

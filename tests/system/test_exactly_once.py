@@ -48,6 +48,7 @@ class Gateway:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.when_up: Callable[[], None] = lambda: None
         self.lost: list[tuple[int, list[Lost]]] = []
+        self.damage: list[tuple[Lost, list[int]]] = []  # and what the broker had by then
         self.began_ns = epoch_ns()
         self.shift_ns = 0
         self.owner = f"owner of {arm}"
@@ -131,9 +132,13 @@ class Run:
             bookmark=lambda *at: None,
             changed=gateway.changed,
             event=lambda kind, **details: gateway.events.append((kind, details)),
+            damage_told=self._damage_told,
             lost=self._lost,
             remember=self._remember,
         )
+
+    async def _damage_told(self, lost: Lost) -> None:
+        self._gateway.damage.append((lost, [self.publisher.acknowledged(motor) for motor in MOTORS]))
 
     async def _lost(self, stream: int, lost: Sequence[Lost], why: str) -> None:
         self._gateway.lost.append((stream, list(lost)))
@@ -272,6 +277,8 @@ async def test_what_was_on_its_way_does_not_come_behind_a_gap(gateway: Gateway, 
     await deliver(broker, gateway, proxy)
     found = await judged(broker, gateway)
     assert [(part.gaps, part.last_seq) for part in found.partitions] == [(5, gateway.newest)] * 2
+    assert gateway.damage[0] == (Lost(0, 11, 15), [10, 10])  # told before anything behind it is sent
+    assert [lost for lost, _ in gateway.damage] == [Lost(0, 11, 15), Lost(1, 11, 15)]
 
 
 # --- a journal that was set aside -------------------------------------------------------------------------------------

@@ -291,6 +291,7 @@ def test_publisher_has_a_lane_for_all_that_the_arm_writes(journal: Journal, tmp_
             bookmark=lambda *at: told.append(at),
             changed=lambda *state: told.append(state),
             event=lambda kind, **details: told.append(kind),
+            damage_told=lost,
             lost=lost,
             remember=remember,
         )

@@ -526,6 +526,19 @@ def test_nobody_who_reads_no_longer_is_named(tmp_path: Path) -> None:
 # --- a journal that breaks --------------------------------------------------------------------------------------------
 
 
+async def test_who_waits_for_damage_to_be_told_finds_it_on_the_disk(tmp_path: Path) -> None:
+    async with writing(Rig(tmp_path)) as rig:
+        for number in range(3):
+            rig.writer.samples(make_samples([0], number))
+            await rig.writer.durable()
+        with closing(sqlite3.connect(rig.path)) as db, db:
+            db.execute("UPDATE telemetry SET crc = crc + 1 WHERE id = 2")
+        rig.writer.check(2)
+        await rig.writer.looked()
+        (event,) = (json.loads(entry.value) for entry in rig.events())
+        assert (event["type"], event["from_seq"], event["to_seq"]) == ("telemetry.gap", 2, 2)
+
+
 async def test_journal_that_breaks_is_told_and_what_it_did_not_take_goes_on_from_memory(tmp_path: Path) -> None:
     async with writing(Rig(tmp_path)) as rig:
         rig.writer.samples(make_samples([0]))
