@@ -425,22 +425,16 @@ class Gateway:
     async def _remember_producer(self, state: ProducerState) -> None:
         """Who we are to the broker, written down before it is used."""
         self._writer.producer(state)
-        await self._written()
+        await _written(self._writer.durable())
 
     async def _tell_lost(self, stream: int, lost: Sequence[Lost], why: str) -> None:
         """What is lost of a stream before, written down before anything behind it is published."""
         self._writer.lost_before(stream, lost, why)
-        await self._written()
+        await _written(self._writer.durable())
 
     async def _damage_told(self, lost: Lost) -> None:  # noqa: ARG002  the writer finds out itself
         """The loss of damaged rows is written down before anything behind them is published."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._writer.looked(), REMEMBER_S)
-
-    async def _written(self) -> None:
-        """A sick disk does not keep us from publishing."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._writer.durable(), REMEMBER_S)
+        await _written(self._writer.looked())
 
 
 def _open_journal(config: Config, state: StateDir, left: Left | None) -> tuple[Journal, Left | None]:
@@ -519,6 +513,12 @@ async def run_gateway(
                 if isinstance(error, sqlite3.Error) and not is_broken(error):
                     raise
                 left = gateway.leave(f"broke: {error}")
+
+
+async def _written(done: Coroutine[Any, Any, None]) -> None:
+    """Wait for the disk, but a sick one does not keep us from publishing."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(done, REMEMBER_S)
 
 
 def _stop_signal() -> asyncio.Event:

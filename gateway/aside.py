@@ -65,7 +65,7 @@ def set_aside(path: Path, why: str) -> Left:
 
     Raises JournalError if it cannot be renamed.
     """
-    aside = path.with_suffix(f".aside-{_newest_number(path) + 1}")
+    aside = path.with_suffix(f".aside-{max(_numbers(path), default=0) + 1}")
     try:
         for suffix in ("-shm", "-wal", ""):  # the file last: whoever is killed in between finds it in its place
             part = path.with_name(path.name + suffix)
@@ -84,9 +84,8 @@ def without_successor(path: Path) -> Left | None:
 
     It was set aside by a run that ended before its successor could begin: it was killed, or the disk was full.
     """
-    if not (number := _newest_number(path)):
-        return None
-    return _read_aside(path.with_suffix(f".aside-{number}"), "its successor could not begin at once")
+    before = set_aside_before(path)
+    return _read_aside(before[-1], "its successor could not begin at once") if before else None
 
 
 def set_aside_before(path: Path) -> list[Path]:
@@ -149,10 +148,6 @@ def _uri(aside: Path) -> str:
 def _numbers(path: Path) -> list[int]:
     numbers = [file.suffix.removeprefix(".aside-") for file in path.parent.glob(f"{path.stem}.aside-*")]
     return sorted(int(number) for number in numbers if number.isdecimal())
-
-
-def _newest_number(path: Path) -> int:
-    return max(_numbers(path), default=0)
 
 
 def _read_aside(aside: Path, why: str) -> Left:

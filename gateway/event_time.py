@@ -5,6 +5,7 @@ The offset between the two clocks is taken at the start and checked at every rea
 goes on at half speed until the wall clock has caught up: order and spacing survive, and in the end so does the date.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,7 @@ class EventTime:
         return EpochNs(int(self.of(np.array(self._monotonic()))))
 
 
+@functools.cache
 def boot_id() -> str:
     """Which start of the machine this is: its monotonic clock counts from there (Linux, random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -21,6 +21,7 @@ from typing import Any
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from aiokafka.producer.message_accumulator import BatchBuilder, MessageBatch
+from aiokafka.record.memory_records import MemoryRecords
 
 from drivers.clock import MS, epoch_ns
 
@@ -58,12 +59,6 @@ class PlacedBatch(BatchBuilder):  # type: ignore[misc]  # aiokafka is published 
         self._pid, epoch = identity
         self._epoch = epoch + (position >> SEQUENCE_BITS)
         self._sequence = position & ((1 << SEQUENCE_BITS) - 1)
-        self.oldest_ms = 1 << 63  # time of a record
-
-    def append(self, *, timestamp: int, **record: Any) -> Any:
-        """As aiokafka's; ``timestamp`` in ms, or -1 for none."""
-        self.oldest_ms = min(self.oldest_ms, timestamp)
-        return super().append(timestamp=timestamp, **record)
 
     def _set_producer_state(self, producer_id: int, producer_epoch: int, base_sequence: int) -> None:  # noqa: ARG002
         """Called by aiokafka when it sends the batch for the first time."""
@@ -83,7 +78,9 @@ class ContinuedProducer(AIOKafkaProducer):  # type: ignore[misc]  # aiokafka is 
 
     def _reenqueue(self, batch: MessageBatch) -> None:
         """Called by aiokafka with a batch to which the broker gave no answer, or none for good."""
-        if batch._builder.oldest_ms > epoch_ns() // MS - REMEMBERED_MS:
+        sent = MemoryRecords(bytes(batch.get_data_buffer()))
+        oldest_ms = min(record.timestamp for record in sent.next_batch())  # -1: it has none
+        if oldest_ms > epoch_ns() // MS - REMEMBERED_MS:
             self._send_again(batch)
         else:
             batch.failure(exception=OutcomeUnknown(f"{batch.tp}: old records, and no answer"))

@@ -230,16 +230,21 @@ class LogWriter:
 
     async def durable(self) -> None:
         """Return when everything appended so far is committed."""
-        done = self._loop.create_future()
-        self.when_durable(lambda: None if done.done() else done.set_result(None))
-        await done
+        await self._called(self.when_durable)
 
     async def looked(self) -> None:
         """Return when the loss of all rows that ``check`` was called with is told, and that is committed."""
-        done = self._loop.create_future()
+        await self._called(self._when_looked)
+
+    def _when_looked(self, call: Callable[[], None]) -> None:
         with self._wake:
-            self._looking.append(lambda: None if done.done() else done.set_result(None))
+            self._looking.append(call)
             self._wake.notify()
+
+    async def _called(self, ask: Callable[[Callable[[], None]], None]) -> None:
+        """Return when what is given to ``ask`` is called, on the event loop."""
+        done = self._loop.create_future()
+        ask(lambda: None if done.done() else done.set_result(None))
         await done
 
     def relieve(self) -> None:

@@ -5,16 +5,16 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from drivers.clock import SECOND
 from drivers.traffic import Mark
+from gateway.cli import bars
 from gateway.cli.common import A_TIME, epoch_ns
 from gateway.config import Config
 from gateway.realtime import set_realtime
@@ -26,7 +26,6 @@ from gateway.recordings.virtual_bus import NotVirtual, open_virtual
 from gateway.state_dir import StateDir
 from gateway.tap import Listener
 
-LOOK_S = 0.1
 REALTIME_PRIORITY = 21  # as that of simulated motors: it stands for a bus
 WAYS = {"sent": int(Mark.SENT), "heard": 0}
 
@@ -120,7 +119,7 @@ def _moment(option: str, word: str) -> Moment:
 async def _play(player: Player, pace: Pace, file: BusFile) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, player.stop)
     with controlled(pace.toggle):
-        async with _shown(player, pace, file):
+        async with bars.drawn(lambda: _look(player, pace, file)):
             try:
                 await asyncio.to_thread(player.run)
             finally:
@@ -140,26 +139,7 @@ def _print_summary(player: Player, file: BusFile) -> None:
     print("\n".join(words), file=sys.stderr)
 
 
-@contextlib.asynccontextmanager
-async def _shown(player: Player, pace: Pace, file: BusFile) -> AsyncIterator[None]:
-    """A bar on a terminal meanwhile."""
-    console = Console(stderr=True)
-    with Progress(
-        BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
-        console=console, disable=not console.is_terminal, transient=True,
-    ) as progress:  # fmt: skip
-        task = progress.add_task("", total=1.0)
-
-        async def draw() -> None:
-            while True:
-                at = f"{datetime.fromtimestamp(player.at_ns // SECOND, UTC):%F %T}" if player.at_ns else ""
-                words = "paused" if pace.paused else "waiting until it is opened" if player.waits else ""
-                progress.update(task, completed=file.fraction, description=f"{at} {player.played:,} {words}")
-                await asyncio.sleep(LOOK_S)
-
-        drawing = asyncio.create_task(draw())
-        try:
-            yield
-        finally:
-            drawing.cancel()
-            await asyncio.gather(drawing, return_exceptions=True)
+def _look(player: Player, pace: Pace, file: BusFile) -> dict[str, object]:
+    at = bars.moment(player.at_ns) if player.at_ns else ""
+    words = "paused" if pace.paused else "waiting until it is opened" if player.waits else ""
+    return {"total": 1.0, "completed": file.fraction, "description": f"{at} {player.played:,} {words}"}

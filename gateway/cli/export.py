@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gateway.cli import reading
+from gateway.cli import bars
 from gateway.cli.common import (
     FromKafkaOption,
     FromOption,
@@ -20,10 +20,9 @@ from gateway.cli.common import (
     parse_start,
     parse_topics,
 )
-from gateway.log_reader import TOPICS, LogReader, Missed
+from gateway.log_reader import TOPICS, LogReader
 from gateway.recordings.export import ExportFile
 from gateway.source import open_source
-from gateway.span import cut
 
 
 def export(
@@ -49,11 +48,6 @@ def export(
 
 async def _export(log: LogReader, table: ExportFile, motors: list[str] | None, until_ns: int | None) -> int:
     async with log:
-        with table, reading.shown(log) as told:
-            async for part in cut(log, motors=motors, until_ns=until_ns):
-                if isinstance(part, Missed):
-                    print(part, file=sys.stderr)
-                else:
-                    table.add(part)
-                    told(part)
+        with table:
+            await bars.read(log, table.add, motors=motors, until_ns=until_ns)
     return table.rows

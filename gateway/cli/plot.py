@@ -1,13 +1,12 @@
 """``servo-gateway plot``: a span of the log as a picture, or in the terminal."""
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gateway.cli import reading
+from gateway.cli import bars
 from gateway.cli.common import (
     FromKafkaOption,
     FromOption,
@@ -21,10 +20,9 @@ from gateway.cli.common import (
     plain_console,
 )
 from gateway.events import ARM
-from gateway.log_reader import Missed, Seq, Start, Time, Topic
+from gateway.log_reader import Seq, Start, Time, Topic
 from gateway.recordings import plot as plotting
 from gateway.source import open_source
-from gateway.span import cut
 
 
 def plot(
@@ -58,13 +56,7 @@ async def _survey(
     async def look(topic: Topic, names: list[str] | None, start: Start) -> None:
         async with open_source(source, [topic], start, kafka=kafka) as log:
             survey.arm = log.arm
-            with reading.shown(log) as told:
-                async for part in cut(log, motors=names, until_ns=until_ns):
-                    if isinstance(part, Missed):
-                        print(part, file=sys.stderr)
-                    else:
-                        survey.add(part)
-                        told(part)
+            await bars.read(log, survey.add, motors=names, until_ns=until_ns)
 
     await look("telemetry", motors, start)
     if isinstance(start, Seq):  # events have numbers of their own

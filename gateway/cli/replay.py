@@ -4,18 +4,15 @@ import asyncio
 import contextlib
 import functools
 import sys
-from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from drivers.clock import SECOND
 from gateway import config as configuration
+from gateway.cli import bars
 from gateway.cli.bus import replay_bus
 from gateway.cli.common import (
     FromKafkaOption,
@@ -41,7 +38,6 @@ from gateway.state_dir import StateDir
 
 Reader = Callable[[Topic], LogReader]
 
-LOOK_S = 0.1
 SLOWEST = 0.1
 
 
@@ -143,7 +139,7 @@ def parse_speed(word: str) -> float | None:
 async def _replay(reader: Reader, target: OpenTarget, pace: Pace, until_ns: int | None) -> None:
     played = Played()
     with controlled(pace.toggle):
-        async with _shown(played, pace):
+        async with bars.drawn(lambda: _look(played, pace)):
             await replay(reader, target, pace, played, until_ns=until_ns, failed=_tell_failed)
     for missed in played.missed:
         print(missed, file=sys.stderr)
@@ -161,26 +157,7 @@ def _summary(played: Played) -> str:
     return f"replayed: {words}"
 
 
-@contextlib.asynccontextmanager
-async def _shown(played: Played, pace: Pace) -> AsyncIterator[None]:
-    """A bar on a terminal meanwhile."""
-    console = Console(stderr=True)
-    with Progress(
-        BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
-        console=console, disable=not console.is_terminal, transient=True,
-    ) as progress:  # fmt: skip
-        task = progress.add_task("", total=None)
-
-        async def draw() -> None:
-            while True:
-                at = f"{datetime.fromtimestamp(played.at_ns // SECOND, UTC):%F %T}" if played.at_ns else ""
-                words = "paused" if pace.paused else f"late {played.late_ns / 1e6:.1f} ms" if pace.paced else ""
-                progress.update(task, total=played.whole, completed=played.taken, description=f"{at} {words}")
-                await asyncio.sleep(LOOK_S)
-
-        drawing = asyncio.create_task(draw())
-        try:
-            yield
-        finally:
-            drawing.cancel()
-            await asyncio.gather(drawing, return_exceptions=True)
+def _look(played: Played, pace: Pace) -> dict[str, object]:
+    at = bars.moment(played.at_ns) if played.at_ns else ""
+    words = "paused" if pace.paused else f"late {played.late_ns / 1e6:.1f} ms" if pace.paced else ""
+    return {"total": played.whole, "completed": played.taken, "description": f"{at} {words}"}
