@@ -61,13 +61,15 @@ class Left:
 
 
 def set_aside(path: Path, why: str) -> Left:
-    """Rename a journal (and its WAL files) to a name that is free, and read what can be read of it.
+    """Rename a journal (and its WAL) to a name that is free, and read what can be read of it.
 
     Raises JournalError if it cannot be renamed.
     """
     aside = path.with_suffix(f".aside-{max(_numbers(path), default=0) + 1}")
     try:
-        for suffix in ("-shm", "-wal", ""):  # the file last: whoever is killed in between finds it in its place
+        # the index of the WAL stays with who has it open: theirs may end where the damage begins, ours is made anew
+        path.with_name(path.name + "-shm").unlink(missing_ok=True)
+        for suffix in ("-wal", ""):  # the file last: whoever is killed in between finds it in its place
             part = path.with_name(path.name + suffix)
             if part.exists():
                 part.rename(aside.with_name(aside.name + suffix))

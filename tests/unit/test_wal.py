@@ -2,6 +2,8 @@
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -84,3 +86,15 @@ def test_journal_that_is_set_aside_knows_what_lies_behind_the_damage(killed: Pat
     left = set_aside(killed, "for a test")
     assert left.seqs == {0: 3000}
     assert left.newest_ns == 3000
+
+
+def test_program_that_found_the_damage_first_does_not_hide_what_lies_behind_it(killed: Path) -> None:
+    flip(killed, 5, 3000)
+    program = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute('BEGIN EXCLUSIVE'); print(); input()"
+    command = [sys.executable, "-c", program, str(killed)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin
+        assert other.stdout
+        assert other.stdout.readline()
+        assert set_aside(killed, "for a test").seqs == {0: 3000}
+        other.kill()
