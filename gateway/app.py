@@ -207,8 +207,8 @@ class Gateway:
         parts = [self._tick(), local_commands.follow(self._state.commands, local_start, handle)]
         if self._publisher:
             starts = self._inbox(kafka_commands.SOURCE)
-            ours = self._publisher.claim.ours
-            parts += [self._publisher.run(), kafka_commands.follow(self._config, starts, handle, ours)]
+            ours, ended = self._publisher.claim.ours, self._commander.ended_before
+            parts += [self._publisher.run(), kafka_commands.follow(self._config, starts, handle, ours, ended)]
         # links of a killed run lead to terminals that may be somebody else's by now
         shutil.rmtree(self._state.simulated, ignore_errors=True)
         simulated = plans.simulated_buses(self._config, self._state.simulated, everything=False)

@@ -53,6 +53,9 @@ STOPS = ENDS_MOTION | {Kind.ESTOP}
 UNRECORDED = "the journal took nothing until its time was up; it was not sent"
 UNTIMED = frozenset({Kind.STOP, Kind.ESTOP})
 """Kinds that are taken whatever the sender's clock says, if they are read live: they hold an arm, and drop nothing."""
+FORGOTTEN = frozenset({Reason.UNAUTHORIZED, Reason.MALFORMED})
+"""Why a command may end and its id be used again: else anybody could use up the ids of those who may command, and what
+is corrected would need another."""
 ARM_WIDE = frozenset({Kind.ESTOP, Kind.RESET_ESTOP})
 
 
@@ -122,6 +125,7 @@ class Commander:
             motor.partition: protocols.load(motor.protocol).kinds_of(motor.driven()) for motor in config.motors
         }
         self._recent: OrderedDict[str, CommandState] = OrderedDict()  # perhaps not committed yet
+        self._ended: dict[str, Outcome] = {}  # by an earlier run; perhaps not in the journal
         self._active: list[_Active] = []
         self._recording: set[asyncio.Future[None]] = set()
         self._saving: set[asyncio.Task[None]] = set()
@@ -135,6 +139,10 @@ class Commander:
             detail = "the gateway stopped before the effect was known; not sent again"
             outcome = Outcome(state.id, state.motor, State.FAILED, self._time.now(), 0, Reason.INTERRUPTED, detail)
             self._conclude(outcome, None)
+
+    def ended_before(self, outcomes: Iterable[Outcome]) -> None:
+        """What the log knows of commands that have ended, also if the journal does not: a backlog repeats none."""
+        self._ended |= {outcome.command_id: outcome for outcome in outcomes}
 
     def memory(self) -> list[CommandState]:
         """The newest ids that were used, oldest first; perhaps not in the journal yet."""
@@ -187,10 +195,12 @@ class Commander:
         try:
             command = decode_command(record.raw)
         except Unreadable as error:
-            self._unreadable(record, error, read_at_ns)
+            if not self._is_repeated(record, error.command_id):
+                self._unreadable(record, error, read_at_ns)
+            return None
+        if self._is_repeated(record, command.id):
             return None
         if unauthorized := self._authority.refusal(command, record.source):
-            # the id is not remembered: else anybody could use up the ids of those who may command
             outcome = self._outcome(command, State.REJECTED, read_at_ns, Reason.UNAUTHORIZED, unauthorized)
             self._writer.read_upto(outcome.entry(self._partition(command.motor)), record.inbox)
             return None
@@ -209,6 +219,20 @@ class Commander:
         self._remember(remembered, outcome, record)
         return active
 
+    def _is_repeated(self, record: Incoming, command_id: str | None) -> bool:
+        """Whether a backlog holds what an earlier run has ended, and the journal has forgotten: then it is passed over.
+
+        What the journal remembers is an id that was used twice, and is refused as such.
+        """
+        outcome = None if record.live or command_id is None else self._ended.get(command_id)
+        if outcome is None or self._may_be_known(outcome.command_id):
+            return False
+        if outcome.reason in FORGOTTEN:
+            self._writer.read_upto(None, record.inbox)
+        else:
+            self._remember(CommandState(outcome.command_id, True, outcome.at_ns, outcome.motor), None, record)
+        return True
+
     def _unreadable(self, record: Incoming, error: Unreadable, read_at_ns: int) -> None:
         if error.command_id is None:
             event = make_event(
@@ -226,7 +250,6 @@ class Commander:
             error.command_id, motor, State.REJECTED, self._time.now(), _since_us(read_at_ns), Reason.MALFORMED,
             error.detail,
         )  # fmt: skip
-        # the id is not remembered: nothing was asked for that a corrected record could repeat
         self._writer.read_upto(outcome.entry(self._partition(motor)), record.inbox)
 
     def _refusal(self, command: Command, *, live: bool) -> tuple[State, Reason, str] | None:
@@ -624,11 +647,11 @@ class Commander:
         """Write down a final outcome, and that the id is used up."""
         self._remember(CommandState(outcome.command_id, True, outcome.at_ns, outcome.motor), outcome, record)
 
-    def _remember(self, state: CommandState, outcome: Outcome, record: Incoming | None) -> None:
+    def _remember(self, state: CommandState, outcome: Outcome | None, record: Incoming | None) -> None:
         self._recent[state.id] = state
         if len(self._recent) > RECENT_IDS:
             self._recent.popitem(last=False)
-        entry = outcome.entry(self._partition(outcome.motor))
+        entry = outcome.entry(self._partition(outcome.motor)) if outcome else None
         self._writer.command(state, entry, record.inbox if record else None)
 
     def _outcome(

@@ -98,6 +98,33 @@ def test_the_same_command_twice_is_carried_out_once(kafka: Kafka, make_arm: Make
     assert told == [("accepted", None), ("done", None), ("rejected", "duplicate"), ("rejected", "duplicate")]
 
 
+def test_journal_that_is_gone_ends_no_command_a_second_time(kafka: Kafka, make_arm: MakeArm) -> None:
+    arm = make_arm(kafka.bootstrap, motion="still")
+    arm.start()
+    once = command_record("once", "joint5", 0.3, ttl_ms=20_000, age_ms=0)
+    refused = command_record("refused", "joint5", 30.0, ttl_ms=20_000, age_ms=0)
+    unreadable = b'{"id": "unreadable", "motor": "joint5"}'
+    produce(arm, "commands", 4, [once, refused, unreadable])
+    ends = {name: wait_outcome(arm, name) for name in ("once", "refused", "unreadable")}
+    arm.kill()
+    for file in arm.state.glob("journal.db*"):
+        file.unlink()
+    produce(arm, "commands", 4, [command_record("backlog", "joint5", 0.1, ttl_ms=20_000, age_ms=0)])
+    arm.start()
+    assert wait_outcome(arm, "backlog")["state"] == "expired"
+    produce(arm, "commands", 4, [once, command_record("next", "joint5", 0.2, ttl_ms=20_000, age_ms=0)])
+    assert wait_outcome(arm, "next")["state"] == "done"
+    arm.stop()
+    for name, end in ends.items():
+        assert end in outcomes(arm, name)[-2:]
+    assert [(o["state"], o["reason"]) for o in outcomes(arm, "once")] == [
+        ("accepted", None), ("done", None), ("rejected", "duplicate"),
+    ]  # fmt: skip
+    assert [o["reason"] for name in ("refused", "unreadable") for o in outcomes(arm, name)] == [
+        "out_of_limits", "malformed",
+    ]  # fmt: skip
+
+
 def test_backlog_from_before_the_first_start_moves_nothing(kafka: Kafka, make_arm: MakeArm) -> None:
     arm = make_arm(kafka.bootstrap, motion="still")
     asyncio.run(create_topic(kafka.bootstrap, f"servo.{arm.name}.commands", 6))

@@ -346,6 +346,21 @@ async def test_what_holds_an_arm_is_refused_as_a_backlog_like_any_other(rig: Rig
     assert rig.sent == []
 
 
+async def test_backlog_repeats_no_outcome_that_only_the_log_remembers(rig: Rig) -> None:
+    ends = {"a": None, "b": Reason.STALE, "c": Reason.UNAUTHORIZED}
+    rig.commander.ended_before(Outcome(name, "joint1", State.FAILED, 5, 1, why) for name, why in ends.items())
+    backlog = [rig.record(name)._replace(live=False) for name in ends]
+    await rig.handle(backlog)
+    await rig.writer.durable()
+    assert [await rig.outcomes(name) for name in ends] == [[], [], []]
+    assert rig.sent == []
+    assert rig.writer.inbox() == {("local", 0): backlog[-1].next}
+    await rig.handle([rig.record(name) for name in ends])
+    await rig.writer.durable()
+    assert [[o.reason for o in await duplicates(rig, name)] for name in ("a", "b")] == [[Reason.DUPLICATE]] * 2
+    assert await rig.states("c") == [State.ACCEPTED]
+
+
 async def test_disable_is_no_hold_and_is_never_taken_late(rig: Rig) -> None:
     await rig.give("a", kind="disable", issued_at_ns=epoch_ns() - HOUR_NS)
     assert (await rig.final("a"))[1] is Reason.STALE
