@@ -4,6 +4,8 @@ A gateway as a user runs it, three Damiao motors behind slcan and three STS serv
 pseudo-terminals; the motors live in this process and note when the unit that gave them their goal arrived. Commands
 come one at a time through a real broker, or through the state directory. At rest the motors are polled at 50 Hz;
 under load they bring 3,000 events a second through journal and broker. The time begins before the producer's ``send``.
+Beside it a plain consumer (``hil.bench.arrivals``) notes when it gets the same records: the peer, on the same machine
+at the same moment.
 
 Emergency stops find all motors running, and one bus's worker stopped (SIGSTOP): the other bus's time is the claim, its
 own counts from the moment that it is let go on. A worker that is stopped for longer than its motors' watchdogs wait
@@ -52,7 +54,8 @@ BUDGET_MS = 10.0
 BUSES = {"can0": ("damiao", (1, 2, 3)), "serial0": ("feetech_sts", (4, 5, 6))}
 START_S, ANSWER_S, SETTLE_S = 30.0, 5.0, 2.0
 PAUSE_S = 0.01  # at most, at random: so that commands meet every phase of a cycle
-LOOK_S = 0.0005
+LOOK_S = 0.002
+SWITCH_S = 0.0005  # the motors of this process note a goal when it comes; usual are 5 ms
 GROUPS = 50
 STOPS = 6  # with each bus frozen, and with none
 AGAIN_S = 2.0
@@ -102,6 +105,8 @@ class _Arm:
     servos: dict[int, Servo]
     pid: int
     ports: dict[str, str]
+    arrivals: Path
+    begun: dict[str, MonotonicNs] = field(default_factory=dict)  # by command id
     motors: dict[str, tuple[int, ...]] = field(
         default_factory=lambda: {bus: tuple(n - 1 for n in numbers) for bus, (_, numbers) in BUSES.items()}
     )
@@ -109,9 +114,14 @@ class _Arm:
     async def command(self, motor: str, kind: Kind, value: float | None = None, **more: Any) -> MonotonicNs:
         """Give a command; when that began."""
         command = Command(secrets.token_hex(8), motor, kind, TTL_MS, epoch_ns(), value, **more)
-        began = monotonic_ns()
+        began = self.begun[command.id] = monotonic_ns()
         await self.send(command)
         return began
+
+    def peer_ms(self) -> list[float]:
+        """How long each command took to a plain consumer; none without Kafka."""
+        lines = [line.split() for line in self.arrivals.read_text().splitlines()]
+        return [(int(at_ns) - self.begun[name]) / 1e6 for name, at_ns in lines if name in self.begun]
 
     async def taken(self, since: MonotonicNs, motors: Collection[int]) -> dict[int, float]:
         """{motor: ms from ``since`` to the unit that brought it a goal}, of those that got one in time."""
@@ -137,6 +147,7 @@ def run(console: Console, seconds: float) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     stops: dict[str, list[float]] = {}
     counts: Counter[str] = Counter()
+    sys.setswitchinterval(SWITCH_S)
     with Broker() as broker:
         for servers in (broker.bootstrap, ""):
             for rate_hz in (REST_HZ, LOAD_HZ):
@@ -166,6 +177,7 @@ async def _measure(servers: str, rate_hz: int, seconds: float) -> dict[str, Any]
             lost += not found
             took_ms += found.values()
             await asyncio.sleep(PAUSE_S * random.random())
+        peer_ms = arm.peer_ms()
         apart_us = []
         end = after(monotonic_ns(), int(seconds * SECOND))
         for _ in takewhile(lambda _: left_s(end), range(GROUPS)):
@@ -175,7 +187,13 @@ async def _measure(servers: str, rate_hz: int, seconds: float) -> dict[str, Any]
             if len(times) == len(targets):
                 apart_us.append(1000 * (max(times.values()) - min(times.values())))
             await asyncio.sleep(PAUSE_S * random.random())
-    return {"ms": spread(took_ms), "commands": number, "lost": lost, "apart_us": spread(apart_us)}
+    return {
+        "ms": spread(took_ms),
+        "peer_ms": spread(peer_ms) if peer_ms else {},
+        "commands": number,
+        "lost": lost,
+        "apart_us": spread(apart_us),
+    }
 
 
 async def _stops(servers: str, rate_hz: int, counts: Counter[str]) -> dict[str, list[float]]:
@@ -259,8 +277,9 @@ async def _running(servers: str, rate_hz: int) -> AsyncIterator[_Arm]:
         pid = stack.enter_context(_gateway(directory, servers, rate_hz))
         await _all_online(StateDir(directory / "state"), kafka=bool(servers))
         async with _way(servers, directory) as send:
+            arrivals = stack.enter_context(_peer(directory, servers))
             await asyncio.sleep(SETTLE_S)
-            yield _Arm(send, goals, servos, pid, ports)
+            yield _Arm(send, goals, servos, pid, ports, arrivals)
 
 
 @contextlib.contextmanager
@@ -279,6 +298,18 @@ def _gateway(directory: Path, servers: str, rate_hz: int) -> Iterator[int]:
     finally:
         gateway.send_signal(signal.SIGTERM)
         gateway.wait(START_S)
+
+
+@contextlib.contextmanager
+def _peer(directory: Path, servers: str) -> Iterator[Path]:
+    """A plain consumer of the commands, if they go through Kafka; the file that it writes."""
+    path = directory / "arrivals"
+    command = [sys.executable, "-m", "hil.bench.arrivals", servers, f"servo.{directory.name}.commands"]
+    with path.open("w") as file, contextlib.ExitStack() as stack:
+        if servers:
+            peer = stack.enter_context(subprocess.Popen(command, stdout=file))
+            stack.callback(peer.kill)
+        yield path
 
 
 async def _all_online(state: StateDir, *, kafka: bool) -> None:
@@ -321,11 +352,19 @@ def _tell(
     show(
         console,
         "commands: produced to frame on the bus, ms",
-        ("way, telemetry", "commands", "without a frame", *percentiles, "budget p99"),
+        ("way, telemetry", "commands", "without a frame", *percentiles, "budget p99", "plain consumer p50", "p99"),
         [
-            (kind, run["commands"], run["lost"], *(run["ms"].get(p) for p in percentiles), BUDGET_MS)
+            (
+                kind,
+                run["commands"],
+                run["lost"],
+                *(run["ms"].get(p) for p in percentiles),
+                BUDGET_MS,
+                *(run["peer_ms"].get(p) for p in ("p50", "p99")),
+            )
             for kind, run in found.items()
         ],
+        "The plain consumer gets the same records in the same run, and does nothing with them.",
     )
     show(
         console,
