@@ -23,11 +23,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from drivers.clock import MS, SECOND, monotonic_ns
+from drivers.clock import MS, SECOND, after, left_s, monotonic_ns
 from drivers.motor import SAMPLE
 from gateway.damage import Damage, Scrubber
 from gateway.event_time import EventTime
 from gateway.events import EventType, make_event
+from gateway.folding import Folder
 from gateway.journal import (
     Batch,
     Changes,
@@ -123,6 +124,7 @@ class LogWriter:
             journal.stream, journal.heads, time, journal.row, journal.entry, journal.entry_heads
         )  # fmt: skip
         self._scrubber = Scrubber(journal)
+        self._folder = Folder(journal.path)
         self._flush_ns = int(flush_ms * MS)
         self._acknowledged = dict(journal.published) if published else None
         self._wake = threading.Condition()
@@ -146,6 +148,7 @@ class LogWriter:
         """Begin to commit; ``listener`` is called on ``loop``."""
         self._listener = listener
         self._loop = loop
+        self._folder.start(self._journal.db)
         self._thread.start()
 
     # -- in ------------------------------------------------------------------------------------------------------
@@ -288,11 +291,13 @@ class LogWriter:
 
     def stop(self, timeout_s: float) -> bool:
         """Commit what is pending and end the thread. False if the disk did not let it within ``timeout_s``."""
+        deadline = after(monotonic_ns(), int(timeout_s * SECOND))
+        self._folder.stop()
         with self._wake:
             self._stopping = True
             self._wake.notify()
         self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return self._folder.ended(left_s(deadline)) and not self._thread.is_alive()
 
     # -- numbers (the lock is held) ------------------------------------------------------------------------------
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from drivers.clock import SECOND
+from gateway import folding
 from gateway import journal as journal_module
 from gateway import writer as module
 from gateway.event_time import EventTime
 from gateway.journal import Changes, CommandState, Entry, Journal, JournalReader, Lost, ProducerState, StoredEntry
-from gateway.wal import holders
+from gateway.wal import holders, wal_path
 from gateway.writer import Committed, LogWriter
 from tests.gateway_parts import DEADLINE_S, MOTORS, Numbering, make_samples, until, wait_for
 
@@ -512,6 +513,25 @@ async def test_reader_that_holds_the_wal_is_named_and_everything_goes_on_and_hea
         await rig.writer.durable()
         assert rig.heard.disk[-1] == "recovered"  # perhaps not at the first try: the reader is only just gone
         assert rig.stored() == list(range(1, count + 1))
+
+
+async def test_wal_is_folded_beside_the_commits_and_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "EVERY_S", 0.01)
+    monkeypatch.setattr(folding, "LONG", 64)
+    monkeypatch.setattr(folding, "BACKSTOP", 1 << 30)
+    rig = Rig(tmp_path)
+    async with writing(rig):
+        count, most = 0, 0
+        while count < 200_000:  # 15 MB
+            count += 1000
+            rig.writer.samples(make_samples([0] * 1000))
+            await rig.writer.durable()
+            most = max(most, rig.journal.wal_bytes())
+        assert most < 5_000_000
+        assert rig.stored() == list(range(1, count + 1))
+    assert not wal_path(rig.path).exists()
 
 
 def test_nobody_who_reads_no_longer_is_named(tmp_path: Path) -> None:
