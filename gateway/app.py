@@ -397,7 +397,6 @@ class Gateway:
     def clock_stepped(self, step_ns: int) -> None:
         """The wall clock stepped."""
         log.warning("wall clock stepped by %+.3f s", step_ns / 1e9)
-        self._event(EventType.CLOCK_STEPPED, step_ns=step_ns)
 
     def disk_failed(self, error: str) -> None:
         """A commit failed; polling goes on."""

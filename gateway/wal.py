@@ -24,6 +24,9 @@ _HEADER = np.dtype(
 _FRAME = [(name, ">u4") for name in ("page", "commit", "salt1", "salt2", "s0", "s1")]
 _BIG_ENDIAN = {0x377F0682: False, 0x377F0683: True}  # of the words that are summed up, by magic
 _AT_ONCE = 1024  # frames
+_FIRST = 1
+_MAGIC = b"SQLite format 3\0"  # its first bytes
+_SIZE = slice(28, 32)  # its bytes that tell how many pages there are
 
 
 def wal_path(journal: Path) -> Path:
@@ -32,12 +35,13 @@ def wal_path(journal: Path) -> Path:
 
 
 class _Wal(NamedTuple):
-    """The frames that carry the salts of a WAL's header up to the last such one, and the sums they should have."""
+    """The frames that carry the salts of a WAL's header up to the last such one, and what is wrong with them."""
 
     frames: NDArray[Any]
     header: Any
-    sums: NDArray[np.uint32]
+    word: str  # how its words are stored
     cut: int  # how many of them SQLite takes at most
+    damaged: NDArray[np.bool_]  # whose page, or sum, or the sum before it, is not what was written
 
 
 def _look(path: Path, mode: Any) -> _Wal | None:
@@ -55,14 +59,15 @@ def _look(path: Path, mode: Any) -> _Wal | None:
     frames: NDArray[Any] = np.memmap(path, frame, mode, _HEADER.itemsize, (count,))
     ours = np.flatnonzero((frames["salt1"] == header["salt1"]) & (frames["salt2"] == header["salt2"]))
     frames = frames[: ours[-1] + 1 if len(ours) else 0]
-    sums = _sums(frames, (int(header["s0"]), int(header["s1"])), ">u4" if big_endian else "<u4")
+    word = ">u4" if big_endian else "<u4"
+    sums, damaged = _sums(frames, header, word)
     good = (frames["s0"] == sums[:, 0]) & (frames["s1"] == sums[:, 1])
     good[np.setdiff1d(np.arange(len(frames)), ours)] = False
-    return _Wal(frames, header, sums, len(frames) if good.all() else int(np.argmin(good)))
+    return _Wal(frames, header, word, len(frames) if good.all() else int(np.argmin(good)), damaged)
 
 
-def _sums(frames: NDArray[Any], start: tuple[int, int], word: str) -> NDArray[np.uint32]:
-    """The running checksum behind each frame, of its first eight bytes and its page.
+def _sums(frames: NDArray[Any], header: Any, word: str) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    """The running checksum behind each frame, of its first eight bytes and its page; and which frames are damaged.
 
     A step is s0 += x0 + s1; s1 += x1 + s0, modulo 2^32. All steps of a frame together are linear in what they begin
     with and in each word, so they are one product with weights that are the same for all frames.
@@ -74,8 +79,8 @@ def _sums(frames: NDArray[Any], start: tuple[int, int], word: str) -> NDArray[np
         weights[2 * pair] = (a + b) % 2**32, (c + d) % 2**32
         weights[2 * pair + 1] = b, d
         a, b, c, d = ((a + b) % 2**32, (a + 2 * b) % 2**32, (c + d) % 2**32, (c + 2 * d) % 2**32)
-    sums = np.zeros((len(frames), 2), np.uint32)
-    s0, s1 = start
+    sums, damaged = np.zeros((len(frames), 2), np.uint32), np.zeros(len(frames), np.bool_)
+    s0, s1 = told0, told1 = int(header["s0"]), int(header["s1"])
     for first in range(0, len(frames), _AT_ONCE):
         some = frames[first : first + _AT_ONCE]
         raw = np.ascontiguousarray(some).view(np.uint8).reshape(len(some), -1)
@@ -83,7 +88,10 @@ def _sums(frames: NDArray[Any], start: tuple[int, int], word: str) -> NDArray[np
         for number, (x0, x1) in enumerate((words @ weights).tolist(), start=first):
             s0, s1 = (a * s0 + b * s1 + x0) % 2**32, (c * s0 + d * s1 + x1) % 2**32
             sums[number] = s0, s1
-    return sums
+            due = (a * told0 + b * told1 + x0) % 2**32, (c * told0 + d * told1 + x1) % 2**32
+            told0, told1 = int(frames["s0"][number]), int(frames["s1"][number])
+            damaged[number] = due != (told0, told1)
+    return sums, damaged
 
 
 def commits_cut_off(journal: Path) -> int:
@@ -95,12 +103,22 @@ def commits_cut_off(journal: Path) -> int:
 def mend(journal: Path) -> None:
     """Give damaged frames, and those behind them, checksums that are right. Nobody may use the journal. Raises OSError.
 
-    What was damaged stays as it is, and has to be told by other means.
+    What was damaged stays as it is, and has to be told by other means. Only the first page, without which nothing can
+    be read, becomes what it was before: what changes in it are the size of the file, and what of it is free.
     """
     found = _look(wal_path(journal), "r+")
     if found and np.any(found.frames["commit"][found.cut + 1 :]):
+        page = np.fromfile(journal, np.uint8, found.frames.dtype["data"].itemsize)
+        for number in np.flatnonzero(found.frames["page"] == _FIRST):
+            if not found.damaged[number]:
+                page = found.frames["data"][number]
+            elif bytes(page[: len(_MAGIC)]) == _MAGIC:
+                sizes = found.frames["commit"][number:]  # of the whole file, in pages, where a commit ends
+                found.frames["data"][number] = page
+                found.frames["data"][number, _SIZE] = np.frombuffer(int(sizes[sizes > 0][0]).to_bytes(4), np.uint8)
+        sums, _ = _sums(found.frames, found.header, found.word)
         found.frames["salt1"], found.frames["salt2"] = found.header["salt1"], found.header["salt2"]
-        found.frames["s0"], found.frames["s1"] = found.sums[:, 0], found.sums[:, 1]
+        found.frames["s0"], found.frames["s1"] = sums[:, 0], sums[:, 1]
 
 
 def holders(journal: Path) -> str:

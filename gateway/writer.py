@@ -313,6 +313,7 @@ class LogWriter:
         if not self._pending():
             return
         if step_ns := self._time.check():
+            self._entries.append(make_event(EventType.CLOCK_STEPPED, self._time.now(), step_ns=step_ns))
             self._tell(self._listener.clock_stepped, step_ns)
         piece, self._gathering = self._gathering, _Piece()
         if self._samples:

@@ -88,6 +88,15 @@ def test_journal_that_is_set_aside_knows_what_lies_behind_the_damage(killed: Pat
     assert left.newest_ns == 3000
 
 
+def test_damage_in_the_first_page_does_not_take_everything_else(killed: Path) -> None:
+    data = wal_path(killed).read_bytes()
+    frames = [data[at : at + FRAME] for at in range(32, len(data), FRAME)]
+    first = [n for n, frame in enumerate(frames) if frame[:4] == b"\0\0\0\1" and frame[8:16] == data[16:24]]
+    for number in first:
+        flip(killed, number, frames[number].rindex(b"topic TEXT NOT NULL"))
+    assert set_aside(killed, "for a test").seqs == {0: 3000}
+
+
 def test_program_that_found_the_damage_first_does_not_hide_what_lies_behind_it(killed: Path) -> None:
     flip(killed, 5, 3000)
     program = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute('BEGIN EXCLUSIVE'); print(); input()"

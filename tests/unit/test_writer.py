@@ -238,6 +238,8 @@ async def test_step_of_the_wall_clock_is_told(tmp_path: Path) -> None:
         await rig.writer.durable()
         await until(lambda: bool(rig.heard.steps))
     assert rig.heard.steps == [-3600 * SECOND]
+    (told,) = [json.loads(entry.value) for entry in rig.heard.entries()]
+    assert (told["type"], told["step_ns"]) == ("clock.stepped", -3600 * SECOND)
 
 
 async def test_stop_commits_what_is_pending(tmp_path: Path) -> None:
