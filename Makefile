@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHON PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-alone test-parts socketcan torture lint format lock bench clean
+.PHONY: help setup demo test socketcan torture lint format lock bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -18,18 +18,11 @@ demo: .venv/installed ## show six simulated motors live (needs Python only); ARG
 
 test: setup lint ## lint, all tests against a real Kafka broker, with coverage, and the CAN suites on SocketCAN
 	$(BIN)/coverage erase
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-alone test-parts
-	$(BIN)/coverage run -m pytest -m "not alone" $(TWO) tests/system $(ARGS)
+	$(BIN)/coverage run -m pytest -m "not alone" --numprocesses 2 --dist loadfile $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
-	@$(MAKE) --no-print-directory socketcan ARGS=
-
-# Tests of the whole that care how fast it goes, and beside them tests of its parts, in what those leave of the machine.
-TWO := --numprocesses 2 --dist loadfile
-test-alone: .venv/installed
 	$(BIN)/pytest -m alone $(ARGS)
-test-parts: .venv/installed
-	chrt --idle 0 $(BIN)/coverage run -m pytest -m "not alone" $(TWO) tests/unit tests/conformance $(ARGS)
+	@$(MAKE) --no-print-directory socketcan ARGS=
 
 socketcan: .venv/installed ## the CAN suites on real SocketCAN: this kernel's vcan, or Debian's kernel in QEMU
 	@hil/prerequisites.sh socketcan
