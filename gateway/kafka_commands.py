@@ -29,7 +29,7 @@ SOURCE = "kafka"
 RETRY_S = 1.0
 CLAIM_S = 0.1
 MOST_RECORDS = 200
-OUTCOMES_MOST = 10_000  # of each partition, the newest
+OUTCOMES_MOST = 2000  # of each partition, the newest
 
 
 async def follow(
