@@ -346,7 +346,7 @@ class Gateway:
                 committed.entries[-1].id if committed.entries else self._recent.saved_entry,
             )
         if committed.batch is not None:
-            views = self.board.update(committed.batch.records)
+            views = self.board.update(committed.batch.split)
             for view in views:
                 self._check_health(view)
             self._commander.moved(views)

@@ -19,7 +19,7 @@ from gateway.config import Config, Motor
 from gateway.event_time import EventTime, boot_id
 from gateway.events import ARM
 from gateway.latches import Latch
-from gateway.telemetry import Records, by_partition
+from gateway.telemetry import Split
 
 RATE_WINDOW_NS = 2 * SECOND
 NO_STATUS = Status(0)
@@ -109,10 +109,10 @@ class Board:
         self.motion = ""  # how far simulated motors are in a recording
         self.latches: Mapping[str, Latch] = {}  # of motors by name, and of the arm
 
-    def update(self, records: Records) -> list[MotorView]:
-        """Take over the newest record of each motor in ``records``; the motors that they concern."""
+    def update(self, split: Split) -> list[MotorView]:
+        """Take over the newest record of each motor in ``split``; the motors that they concern."""
         views = []
-        for partition, mine in by_partition(records):
+        for partition, mine in split.items():
             view = self.motors[partition]
             record = mine[-1]
             view.seq = int(record["seq"])

@@ -15,6 +15,7 @@ its partition is ``seq - 1``: a journal holds one stream, and its identity is th
 """
 
 import contextlib
+import functools
 import logging
 import secrets
 import sqlite3
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gateway.stamp import Head
-from gateway.telemetry import RECORD, Records, by_partition
+from gateway.telemetry import RECORD, Records, Split, by_partition
 from gateway.wal import holders, wal_path
 
 log = logging.getLogger(__name__)
@@ -110,11 +111,17 @@ class StoredEntry(NamedTuple):
     value: bytes
 
 
-class Batch(NamedTuple):
-    """One row of telemetry."""
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One row of telemetry: ``records`` (dtype RECORD) sorted by partition."""
 
     id: int
     records: Records
+
+    @functools.cached_property
+    def split(self) -> Split:
+        """The records of each partition: made once for all who ask."""
+        return dict(by_partition(self.records))
 
 
 class CommandState(NamedTuple):
@@ -297,7 +304,7 @@ class Journal:
                 # numbers that it may hold are never given again; that they are missing is told
                 self.heads = {at: Head(head.seq + row.most, head.sampled_at_ns) for at, head in self.heads.items()}
             else:
-                _advance(self.heads, row.records)
+                _advance(self.heads, dict(by_partition(row.records)))
 
     def mark(self) -> None:
         """From now on the marker of a whole journal is missed (``gateway.evidence``). Raises sqlite3.Error."""
@@ -331,7 +338,7 @@ class Journal:
         if change.batch is not None:
             blob = change.batch.records.tobytes()
             execute("INSERT INTO telemetry VALUES (?, ?, ?)", (change.batch.id, zlib.crc32(blob), blob))
-            _advance(heads, change.batch.records)
+            _advance(heads, change.batch.split)
         for partition, seq in change.skipped.items():
             heads[partition] = Head(max(seq, heads[partition].seq), heads[partition].sampled_at_ns)
         if change.entries:
@@ -692,8 +699,8 @@ def _entry_bytes(entry: StoredEntry) -> int:
     return len(entry.key.encode()) + len(entry.value) + ENTRY_BYTES
 
 
-def _advance(heads: dict[int, Head], records: Records) -> None:
-    for partition, mine in by_partition(records):
+def _advance(heads: dict[int, Head], split: Split) -> None:
+    for partition, mine in split.items():
         heads[partition] = Head(int(mine["seq"][-1]), int(mine["sampled_at_ns"][-1]))
 
 

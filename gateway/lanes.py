@@ -6,6 +6,7 @@ A lane knows the sequence number that the broker has acknowledged, and what come
 memory (``gateway.recent``), older ones from the journal.
 """
 
+import bisect
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,8 @@ from gateway import kafka, telemetry
 from gateway.commands import State, decode_outcome
 from gateway.config import Config
 from gateway.journal import JournalReader, StoredEntry
-from gateway.recent import Recent, Split
-from gateway.telemetry import Records, by_partition
+from gateway.recent import Recent
+from gateway.telemetry import Records, Split
 
 Tails: TypeAlias = Mapping[TopicPartition, tuple[int, ConsumerRecord | None]]
 """Where each partition ends, and its last record; None: it holds none."""
@@ -108,7 +109,7 @@ class Pages:
         if page is None:
             first = number * self.ROWS
             batches = self._reader.batches(first - 1, self.ROWS)
-            page = [(batch.id, dict(by_partition(batch.records))) for batch in batches if batch.id < first + self.ROWS]
+            page = [(batch.id, batch.split) for batch in batches if batch.id < first + self.ROWS]
             if first + self.ROWS <= self._recent.saved_row:  # a page that still grows is not kept
                 self._pages[number] = page
                 if len(self._pages) > self.KEPT:
@@ -134,8 +135,8 @@ class TelemetryLane(Lane):
         while not items and (rows := self._pages.behind(self.row)):
             for row, split in rows:
                 mine = split.get(self.partition)
-                if mine is not None and mine["seq"][-1] > self.seq:
-                    items += self._items(row, mine[mine["seq"] > self.seq])
+                if mine is not None:
+                    items += self._items(row, mine)
                 if len(items) >= BATCH_RECORDS:
                     break
             if not items:
@@ -145,9 +146,16 @@ class TelemetryLane(Lane):
         return items
 
     def _items(self, row: int, records: Records) -> list[Item]:
+        """Those of a row's ``records`` that are behind ``seq``."""
+        seqs = records["seq"].tolist()
+        if seqs[0] <= self.seq:
+            known = bisect.bisect(seqs, self.seq)
+            seqs, records = seqs[known:], records[known:]
+            if not seqs:
+                return []
         values = telemetry.json_messages(records, self._motor) if self._json else telemetry.messages(records)
-        rows = [row - 1] * (len(records) - 1) + [row]
-        columns = zip(records["seq"].tolist(), rows, records["sampled_at_ns"].tolist(), values, strict=True)
+        rows = [row - 1] * (len(seqs) - 1) + [row]
+        columns = zip(seqs, rows, records["sampled_at_ns"].tolist(), values, strict=True)
         return [Item(seq, done, at_ns, self._key, value) for seq, done, at_ns, value in columns]
 
     def give_up(self) -> None:

@@ -12,13 +12,10 @@ from collections.abc import Collection, Sequence
 from itertools import takewhile
 
 from gateway.journal import Batch, StoredEntry
-from gateway.telemetry import Records, by_partition
+from gateway.telemetry import Split
 
 ROWS_KEPT = 1024  # saved ones; about three seconds
 ENTRIES_KEPT = 256  # saved ones, of each topic and partition
-
-Split = dict[int, Records]
-"""The records of one row by partition."""
 
 
 class Recent:
@@ -35,7 +32,7 @@ class Recent:
     def append(self, batch: Batch | None, entries: Sequence[StoredEntry]) -> None:
         """What was numbered just now, saved or not."""
         if batch is not None:
-            self._rows.append((batch.id, dict(by_partition(batch.records))))
+            self._rows.append((batch.id, batch.split))
             self.row = batch.id
         for entry in entries:
             self._entries[entry.topic, entry.partition].append(entry)

@@ -10,7 +10,7 @@ understands each record (config/telemetry.proto is the contract; tests hold this
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -68,6 +68,10 @@ _MESSAGE_OFFSET = RECORD.itemsize - MESSAGE_SIZE
 _TEMPLATE = np.zeros((), RECORD)
 for _name, _tag in _TAGS.items():
     _TEMPLATE[f"{_name}_tag"] = _tag
+
+
+Split: TypeAlias = dict[int, Records]
+"""Records by partition."""
 
 
 def blank(count: int) -> Records:

@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(document["machine"])
     try:
         for name in options.name or BENCHMARKS:
+            stolen = report.Stolen()
             document["benchmarks"][name] = BENCHMARKS[name](console, options.seconds)
+            document["benchmarks"][name]["stolen"] = stolen.share
+            console.print(f"{name}: the machine's host gave {stolen.share:.1%} of its processors to others meanwhile")
     except RigError as error:
         print(error, file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ from drivers.motor import Status
 from drivers.notices import CycleStats, MotorCounts
 from gateway.board import Board
 from gateway.event_time import EventTime
+from gateway.telemetry import by_partition
 from tests.gateway_parts import KAFKA, Numbering, make_config
 
 
@@ -24,7 +25,7 @@ def test_newest_record_of_each_motor_counts(tmp_path: Path) -> None:
     records = Numbering().records([0, 1, 0])
     records["position_rad"] = [1, 2, 3]
     records["status"] = [0, 0, Status.ENABLED | Status.MOVING]
-    concerned = board.update(records)
+    concerned = board.update(dict(by_partition(records)))
     assert sorted(view.config.name for view in concerned) == ["joint1", "joint2"]
     assert (board.motors[0].seq, board.motors[0].position_rad) == (2, 3.0)
     assert board.motors[0].status == Status.ENABLED | Status.MOVING
@@ -50,7 +51,7 @@ def test_rate_of_a_motor_that_stopped_falls_to_zero(tmp_path: Path) -> None:
 
 def test_lag_is_what_the_broker_does_not_have(tmp_path: Path) -> None:
     board = make_board(tmp_path, KAFKA)
-    board.update(Numbering().records([0] * 10))
+    board.update(dict(by_partition(Numbering().records([0] * 10))))
     board.motors[0].acknowledged_seq = 4
     assert board.lag(board.motors[0]) == 6
     assert board.snapshot()["motors"][0]["lag"] == 6
@@ -60,7 +61,7 @@ def test_age_is_since_the_newest_sample(tmp_path: Path) -> None:
     board = make_board(tmp_path)
     records = Numbering().records([0])
     records["sampled_at_ns"] = 998 * SECOND
-    board.update(records)
+    board.update(dict(by_partition(records)))
     assert board.age_ms(board.motors[0]) == 2000
     assert board.age_ms(board.motors[1]) != board.age_ms(board.motors[1])
 
@@ -96,7 +97,7 @@ def test_snapshot_is_json_whatever_a_motor_tells(tmp_path: Path) -> None:
     board = make_board(tmp_path)
     records = Numbering().records([0])
     records["position_rad"], records["temperature_c"], records["status"] = float("nan"), float("inf"), 2**32 - 1
-    board.update(records)
+    board.update(dict(by_partition(records)))
     motor = msgspec.json.decode(msgspec.json.encode(board.snapshot()))["motors"][0]
     assert motor["position_rad"] is None
     assert motor["temperature_c"] is None
@@ -107,7 +108,7 @@ def test_fault_is_told_in_common_words_and_in_the_vendors(tmp_path: Path) -> Non
     board = make_board(tmp_path)
     records = Numbering().records([0, 1])
     records["status"], records["vendor_error"] = [Status.ENABLED | Status.FAULT_TEMPERATURE, Status.ENABLED], [4, 0]
-    board.update(records)
+    board.update(dict(by_partition(records)))
     sick, well = board.snapshot()["motors"]
     words = protocols.load("feetech_sts").explain(4)
     assert (sick["faults"], sick["fault"]) == ([*words], f"temperature (feetech_sts: {', '.join(words)} 0x04)")

@@ -22,6 +22,7 @@ from gateway.config import loads
 from gateway.event_time import EventTime
 from gateway.journal import CommandState, Journal, JournalReader
 from gateway.latches import Latches
+from gateway.telemetry import by_partition
 from gateway.writer import Committed, LogWriter
 from tests.gateway_parts import ARM, DEADLINE_S, MOTORS, Numbering, until
 
@@ -79,7 +80,7 @@ class Rig:
         records = self._numbering.records(list(positions_rad))
         records["position_rad"] = list(positions_rad.values())
         records["status"] = status
-        self.commander.moved(self.board.update(records))
+        self.commander.moved(self.board.update(dict(by_partition(records))))
 
     def record(self, command_id: str, motor: str = "joint1", kind: str = "position", **fields: Any) -> Incoming:
         """A good command, but for ``fields``; None leaves one out."""

@@ -65,7 +65,7 @@ def rows(journal: Journal) -> list[Batch]:
 
 
 def seqs(batches: list[Batch], partition: int) -> list[int]:
-    return [seq for _, records in batches for seq in records["seq"][records["partition"] == partition].tolist()]
+    return [seq for batch in batches if partition in batch.split for seq in batch.split[partition]["seq"].tolist()]
 
 
 def fail_to_save_head_of(journal: Journal, partition: int) -> None:

@@ -13,6 +13,7 @@ from drivers.motor import Status
 from gateway.board import Board
 from gateway.cli import live
 from gateway.event_time import EventTime
+from gateway.telemetry import by_partition
 from tests.gateway_parts import KAFKA, Numbering, make_config, until
 
 
@@ -55,7 +56,7 @@ def test_values_are_shown_and_nan_is_a_dash(tmp_path: Path) -> None:
     records = Numbering().records([0, 0])
     records["sampled_at_ns"] = 999 * SECOND
     records["position_rad"], records["velocity_rad_s"], records["temperature_c"] = 1.23456, float("nan"), 41.6
-    board.update(records)
+    board.update(dict(by_partition(records)))
     board.motors[0].misses = 3
     assert row(board, "joint1")[2:] == ["1.235", "-", "42", "0", "1000", "3", "2"]
 
