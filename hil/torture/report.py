@@ -60,10 +60,10 @@ def _counts(result: Result) -> str:
 
 
 def _memory(memory: Memory) -> str:
-    slope = "" if memory.slope_mb_per_min is None else f", {memory.slope_mb_per_min:+.2f} MB a minute"
+    quarters = ", ".join(f"{mb:.1f}" for mb in memory.quarters_mb)
     return (
         f"PSS of the gateway over its longest life, {memory.seconds:.0f} s: {memory.start_mb:.1f} MB at the start, "
-        f"{memory.median_mb:.1f} median, {memory.end_mb:.1f} at the end{slope}"
+        f"medians of its quarters {quarters}, {memory.end_mb:.1f} at the end"
     )
 
 

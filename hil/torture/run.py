@@ -22,7 +22,6 @@ STALL_MOST_MS = 1000.0  # polling that waits for a disk or a broker waits longer
 PAUSE_S = (0.5, 3.0)  # between faults of a group
 SHORT_MIN = 3.0  # a mix that is shorter has shorter pauses
 MIX_PAUSE_S = {"gateway": (5.0, 40.0), "brokers": (3.0, 20.0), "disk": (3.0, 20.0), "clock": (10.0, 60.0)}
-FIT_S = 20.0  # the shortest life that says something about the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +40,8 @@ class Memory:
 
     seconds: float
     start_mb: float
-    median_mb: float
+    quarters_mb: list[float]  # medians of its quarters: what is flat ends as it was in the middle
     end_mb: float
-    slope_mb_per_min: float | None  # None: too short a life to tell
 
 
 @dataclass(slots=True)
@@ -174,10 +172,9 @@ def _memory(lives: Sequence[Life]) -> Memory | None:
     if not looks:
         return None
     longest = max(looks, key=lambda look: look[-1][0] - look[0][0])
-    at_min = np.array([at - longest[0][0] for at, _ in longest]) / (60 * SECOND)
-    mb = np.array([mb for _, mb in longest])
-    slope = float(np.polyfit(at_min, mb, 1)[0]) if at_min[-1] * 60 > FIT_S else None
-    return Memory(float(at_min[-1] * 60), float(mb[0]), float(np.median(mb)), float(mb[-1]), slope)
+    mb = [mb for _, mb in longest]
+    quarters = [round(float(np.median(quarter)), 1) for quarter in np.array_split(mb, 4) if len(quarter)]
+    return Memory((longest[-1][0] - longest[0][0]) / SECOND, mb[0], quarters, mb[-1])
 
 
 def choose(names: Sequence[str]) -> list[Fault]:
