@@ -1,7 +1,8 @@
 """Damage in the journal: found before anybody misses the records, and told as the sequence numbers that are gone.
 
 A row of telemetry whose checksum is wrong, or whose page SQLite cannot read, cannot say what it held. The rows before
-and behind it can: for each motor, what lies between its newest number before and its first one behind is lost.
+and behind it can: for each motor, what lies between its newest number before and its first one behind is lost. What a
+damaged entry was, event or outcome, and its number are in the index.
 """
 
 import sqlite3
@@ -9,10 +10,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from drivers.clock import SECOND, monotonic_ns
-from gateway.journal import Journal, Lost, Row, ends, read_rows
+from gateway.journal import Journal, Lost, Row, ends, read_entries, read_rows
 from gateway.telemetry import by_partition
 
 SCRUB_BYTES = 2 << 20  # looked at in one step, of which there is one a second
+SCRUB_ENTRIES = 500  # likewise
 PASS_NS = 3600 * SECOND  # from the beginning of one pass over the journal to that of the next
 NEAR_BYTES = 4 << 20  # how far back a motor's newest number is looked for, before looking further forward
 _ROWS = 256  # read at once
@@ -26,14 +28,21 @@ class Damage(NamedTuple):
     lost: list[Lost]
 
 
+class DamagedEntry(NamedTuple):
+    """An event or outcome that is not what was written, and its place in the log."""
+
+    id: int
+    lost: Lost
+
+
 class Scrubber:
     """Reads the journal slowly from its oldest row to its newest, over and over. On the writer's thread."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._told = journal.damaged()
-        self._at = 0
-        self._pass_at = 0  # when this pass began, or the next one is due
+        self._at = self._entry_at = 0
+        self._pass_at = self._entry_pass_at = 0  # when this pass began, or the next one is due
 
     def look(self, suspects: Iterable[int]) -> list[Damage]:
         """Damage that is not told yet, of ``suspects`` and in the next two megabytes. Raises sqlite3.Error."""
@@ -43,6 +52,27 @@ class Scrubber:
                 self._told.append((damage.first, damage.last))
                 found.append(damage)
         return found
+
+    def look_at_entries(self, suspects: Iterable[int]) -> list[DamagedEntry]:
+        """Damaged entries that are not told yet, of ``suspects`` and the next few hundred. Raises sqlite3.Error."""
+        db = self._journal.db
+        damaged: set[int] = set()
+        for where, values in [("id = ?", (number,)) for number in suspects] + self._scrub_entries():
+            read_entries(db, where, values, SCRUB_ENTRIES, lambda _, number: damaged.add(number))
+        return [DamagedEntry(number, lost) for number in sorted(damaged) for lost in _lost_with(db, number)]
+
+    def _scrub_entries(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Which entries to look at now: SQL, and its values."""
+        now = monotonic_ns()
+        if now < self._entry_pass_at:
+            return []
+        sql = "SELECT max(id) FROM (SELECT id FROM entries WHERE id > ? ORDER BY id LIMIT ?)"
+        after, upto = self._entry_at, self._journal.db.execute(sql, (self._entry_at, SCRUB_ENTRIES)).fetchone()[0]
+        if upto is None:
+            self._entry_at, self._entry_pass_at = 0, now + PASS_NS
+            return []
+        self._entry_at = upto
+        return [("id > ? AND id <= ?", (after, upto))]
 
     def _is_told(self, row: int) -> bool:
         return any(first <= row <= last for first, last in self._told)
@@ -102,6 +132,12 @@ def find_damage(journal: Journal, row: int) -> Damage | None:
         if behind < upto:
             lost.append(Lost(partition, behind + 1, upto))
     return Damage(first, last, sorted(lost))
+
+
+def _lost_with(db: sqlite3.Connection, entry: int) -> list[Lost]:
+    """What entry ``entry`` was; nothing if the index does not know it."""
+    sql = "SELECT topic, partition, seq FROM entries INDEXED BY sqlite_autoindex_entries_1 WHERE +id = ?"
+    return [Lost(partition, seq, seq, topic) for topic, partition, seq in db.execute(sql, (entry,))]
 
 
 def _is_damaged(db: sqlite3.Connection, row: int) -> bool:

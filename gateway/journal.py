@@ -20,10 +20,10 @@ import logging
 import secrets
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from gateway.wal import holders, wal_path
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x53475731  # "SGW1"
-VERSION = 2
+VERSION = 3
 _TRIM_ROWS = 5_000  # a second's worth and more, so that trimming once a second keeps up
 _TRIM_ENTRIES = 2_000  # likewise
 ENTRIES_SHARE = 4  # events and outcomes take a fourth of the size at most: they outlive the telemetry around them
@@ -74,6 +74,8 @@ CREATE VIEW older AS SELECT id, topic, partition, seq, length(CAST(key AS BLOB))
 INSERT INTO sizes SELECT 'first row', coalesce(min(id), 1) FROM telemetry;
 INSERT INTO sizes SELECT 'entries', coalesce(sum(length(CAST(key AS BLOB)) + length(value) + 64), 0) FROM entries;
 """
+_SINCE_3 = "ALTER TABLE entries ADD COLUMN crc INTEGER;"  # NULL: written before; or TOLD
+TOLD = -1  # in place of an entry's checksum: it is damaged, and that is told
 
 
 class JournalError(Exception):
@@ -97,6 +99,9 @@ class Entry:
     key: str
     value: bytes
     at_ns: int
+
+
+Table: TypeAlias = Literal["telemetry", "entries"]
 
 
 class StoredEntry(NamedTuple):
@@ -156,6 +161,7 @@ class Changes:
     producer: ProducerState | None = None
     skipped: dict[int, int] = field(default_factory=dict)  # partition -> seq up to which no record comes any more
     damaged: list[tuple[int, int]] = field(default_factory=list)  # telemetry rows first..last whose loss is told here
+    damaged_entries: list[int] = field(default_factory=list)  # likewise
     trim: "Trim | None" = None
     save_heads: bool = False
 
@@ -228,8 +234,9 @@ class Journal:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if not version:
                 self._create(db, arm, replayed)
-            elif version == 1:
-                db.executescript(f"BEGIN IMMEDIATE; {_SINCE_2}; PRAGMA user_version = {VERSION}; COMMIT")
+            elif version in (1, 2):
+                steps = (_SINCE_2, _SINCE_3)[version - 1 :]
+                db.executescript(f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {VERSION}; COMMIT")
             found = [db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
             if found != [APPLICATION_ID, VERSION]:
                 raise JournalError(f"journal {path}: not a journal of this version (found {found})")
@@ -245,7 +252,7 @@ class Journal:
     @staticmethod
     def _create(db: sqlite3.Connection, arm: str, replayed: Replayed | None) -> None:
         stream = replayed.stream if replayed else secrets.randbits(53)  # 53 bits: whole in every JSON reader
-        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA}{_SINCE_2}")
+        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA}{_SINCE_2}{_SINCE_3}")
         db.execute("INSERT INTO stream VALUES (0, ?, ?)", (stream.to_bytes(8, "little"), arm))
         if replayed:
             db.execute("CREATE TABLE replayed (source TEXT NOT NULL, at_ns INTEGER NOT NULL)")
@@ -342,7 +349,7 @@ class Journal:
         for partition, seq in change.skipped.items():
             heads[partition] = Head(max(seq, heads[partition].seq), heads[partition].sampled_at_ns)
         if change.entries:
-            many("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", change.entries)
+            many("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [(*e, _entry_crc(*e)) for e in change.entries])
         if change.commands:
             many("INSERT OR REPLACE INTO commands (id, final, at_ns, motor) VALUES (?, ?, ?, ?)", change.commands)
         if change.inbox:
@@ -357,6 +364,8 @@ class Journal:
             many("INSERT INTO bases VALUES (?, ?, ?)", [(*at, base) for at, base in bases.items()])
         if change.damaged:
             many("INSERT OR IGNORE INTO damaged VALUES (?, ?)", change.damaged)
+        if change.damaged_entries:
+            many("UPDATE entries SET crc = ? WHERE id = ?", [(TOLD, number) for number in change.damaged_entries])
         if change.trim:
             self._remove(change.trim)
         if change.save_heads or change.skipped:
@@ -490,12 +499,12 @@ class JournalReader:
     """A reader's side: a connection of its own, read-only. Short transactions: it never holds the writer up."""
 
     def __init__(
-        self, path: Path, busy_s: float = BUSY_S, damaged: Callable[[int], None] | None = None, *, uri: str = ""
+        self, path: Path, busy_s: float = BUSY_S, damaged: Callable[[Table, int], None] | None = None, *, uri: str = ""
     ) -> None:
         """Raises JournalError if there is no journal at ``path``.
 
-        ``busy_s``: how long a call waits for somebody's lock. ``damaged`` is called with each telemetry row that
-        turns out to be unreadable. ``uri``: how SQLite is to open it, if not read-only as any other.
+        ``busy_s``: how long a call waits for somebody's lock. ``damaged`` is called with table and id of each
+        row that turns out to be unreadable. ``uri``: how SQLite is to open it, if not read-only as any other.
         """
         if not path.exists():
             raise JournalError(f"journal {path}: there is none (has the gateway run with this state_dir?)")
@@ -526,22 +535,14 @@ class JournalReader:
         return list(batches_after(self._db, after, limit=limit, damaged=self._damaged))
 
     def entries(self, after: int, limit: int, topic: str | None = None) -> list[StoredEntry]:
-        """Up to ``limit`` events and outcomes behind entry ``after``, oldest first."""
-        rows = self._db.execute(
-            "SELECT id, topic, partition, seq, at_ns, key, value FROM entries WHERE id > ?1 AND (?2 IS NULL"
-            " OR topic = ?2) ORDER BY id LIMIT ?3",
-            (after, topic, limit),
-        ).fetchall()
-        return [StoredEntry(*row) for row in rows]
+        """Up to ``limit`` events and outcomes behind entry ``after``, oldest first. A damaged one is left out."""
+        where = "id > ?1 AND (?2 IS NULL OR topic = ?2) ORDER BY id"
+        return read_entries(self._db, where, (after, topic), limit, self._damaged)
 
     def partition_entries(self, topic: str, partition: int, after_seq: int, limit: int) -> list[StoredEntry]:
-        """Up to ``limit`` entries of one partition behind ``after_seq``, oldest first."""
-        rows = self._db.execute(
-            "SELECT id, topic, partition, seq, at_ns, key, value FROM entries WHERE topic = ? AND partition = ?"
-            " AND seq > ? ORDER BY seq LIMIT ?",
-            (topic, partition, after_seq, limit),
-        ).fetchall()
-        return [StoredEntry(*row) for row in rows]
+        """Up to ``limit`` entries of one partition behind ``after_seq``, oldest first. A damaged one is left out."""
+        where = "topic = ? AND partition = ? AND seq > ? ORDER BY seq"
+        return read_entries(self._db, where, (topic, partition, after_seq), limit, self._damaged)
 
     def command(self, command_id: str) -> CommandState | None:
         """What is remembered of this id."""
@@ -643,7 +644,7 @@ def batches_after(
     upto: int = 2**62,
     *,
     limit: int = -1,
-    damaged: Callable[[int], None] | None = None,
+    damaged: Callable[[Table, int], None] | None = None,
 ) -> Iterator[Batch]:
     """As ``read_rows``, without the damaged ones, which are logged. Empty only where there is nothing more to read."""
     found = False
@@ -655,8 +656,46 @@ def batches_after(
                 continue
             log.error("journal: telemetry row %d is damaged and left out", row.id)
             if damaged:
-                damaged(row.id)
+                damaged("telemetry", row.id)
         after = rows[-1].id
+
+
+def read_entries(
+    db: sqlite3.Connection,
+    where: str,
+    values: Sequence[object],
+    limit: int,
+    damaged: Callable[[Table, int], None] | None = None,
+) -> list[StoredEntry]:
+    """Up to ``limit`` of the entries ``where`` SQL says, without the damaged ones, which are logged."""
+    crc = "crc" if db.execute("PRAGMA user_version").fetchone()[0] >= 3 else "NULL"
+    columns = f"id, CAST(topic AS BLOB), partition, seq, at_ns, CAST(key AS BLOB), value, {crc}"
+    found: list[StoredEntry] = []
+    with contextlib.closing(db.execute(f"SELECT {columns} FROM entries WHERE {where}", values)) as rows:  # noqa: S608
+        for *row, crc in rows:
+            if entry := _entry(row, crc):
+                found.append(entry)
+                if len(found) == limit:
+                    break
+            elif crc != TOLD:
+                log.error("journal: entry %d is damaged and left out", row[0])
+                if damaged:
+                    damaged("entries", row[0])
+    return found
+
+
+def _entry(row: Sequence[Any], crc: object) -> StoredEntry | None:
+    """An entry as it was read, topic and key as bytes; None if it is not what was written."""
+    number, topic, partition, seq, at_ns, key, value = row
+    try:
+        entry = StoredEntry(number, topic.decode(), partition, seq, at_ns, key.decode(), value)
+        return entry if crc is None or crc == _entry_crc(*entry) else None
+    except (AttributeError, TypeError, UnicodeDecodeError):
+        return None
+
+
+def _entry_crc(number: int, topic: str, partition: int, seq: int, at_ns: int, key: str, value: bytes) -> int:
+    return zlib.crc32(b"%d %s %d %d %d %s %b" % (number, topic.encode(), partition, seq, at_ns, key.encode(), value))
 
 
 def newest_entries(db: sqlite3.Connection) -> dict[tuple[str, int], int]:

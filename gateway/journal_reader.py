@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gateway.aside import set_aside_before
 from gateway.cursor import Cursor
-from gateway.journal import BUSY_S, identity, is_broken, newest_entries, read_rows, replayed_from
+from gateway.journal import BUSY_S, identity, is_broken, newest_entries, read_entries, read_rows, replayed_from
 from gateway.log_reader import (
     Entries,
     Key,
@@ -162,14 +162,12 @@ class JournalFile:
 
     def entries(self, topics: Sequence[Topic], after: int, upto: int) -> list[tuple[int, Topic, int, LogEntry]]:
         """Up to READ_ENTRIES in (after, upto]: id, topic, partition, and the entry itself."""
-        found = self._db.execute(
-            f"SELECT id, topic, partition, seq, at_ns, key, value FROM entries WHERE id > ? AND id <= ?"  # noqa: S608
-            f" AND topic IN ({', '.join('?' * len(topics))}) ORDER BY id LIMIT {READ_ENTRIES}",
-            (after, upto, *topics),
-        ).fetchall()
+        where = f"id > ? AND id <= ? AND topic IN ({', '.join('?' * len(topics))}) ORDER BY id"
         return [
-            (row, topic, partition, LogEntry(seq - 1, self.stream, seq, at_ns, key, bytes(value)))
-            for row, topic, partition, seq, at_ns, key, value in found
+            (row, cast(Topic, topic), partition, LogEntry(seq - 1, self.stream, seq, at_ns, key, value))
+            for row, topic, partition, seq, at_ns, key, value in read_entries(
+                self._db, where, (after, upto, *topics), READ_ENTRIES
+            )
         ]
 
     def entry_at(self, topic: Topic, partition: int, offset: int) -> int:

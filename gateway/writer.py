@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from drivers.clock import MS, SECOND, after, left_s, monotonic_ns
 from drivers.motor import SAMPLE
-from gateway.damage import Damage, Scrubber
+from gateway.damage import Damage, DamagedEntry, Scrubber
 from gateway.event_time import EventTime
 from gateway.events import EventType, make_event
 from gateway.folding import Folder
@@ -38,6 +38,7 @@ from gateway.journal import (
     Lost,
     ProducerState,
     StoredEntry,
+    Table,
     is_broken,
     ranges,
 )
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 UNSAVED_MOST = 64 << 20  # bytes of telemetry that wait for the disk
 UNSAVED_ENTRIES_MOST = 16 << 20  # bytes of events and outcomes that do
 ROW_BYTES = 2 << 10  # what a row costs in memory beside its records
+DAMAGED = "not in the journal: its rows are damaged"
 HOUSEKEEPING_NS = SECOND
 HANG_NS = SECOND  # a commit that takes longer hangs
 RETRY_NS = SECOND // 4
@@ -136,7 +138,8 @@ class LogWriter:
         self._in_flight = 0  # of the unsaved, oldest first: on their way to the disk
         self._inbox = dict(journal.inbox)
         self._published_upto: dict[tuple[str, int], tuple[int, int]] = {}
-        self._suspects = set(journal.damaged_at_start)  # rows of telemetry that somebody could not read
+        # rows that somebody could not read
+        self._suspects: set[tuple[Table, int]] = {("telemetry", row) for row in journal.damaged_at_start}
         self._looking: list[Callable[[], None]] = []  # called when their loss is told, and that is committed
         self._idle = False  # the thread waits for something to do
         self._stopping = False
@@ -211,10 +214,10 @@ class LogWriter:
         with self._wake:
             self._published_upto[topic, partition] = (seq, row)
 
-    def check(self, row: int) -> None:
-        """A row of telemetry could not be read: if it is damaged, its loss is told, once."""
+    def check(self, table: Table, row: int) -> None:
+        """A row could not be read: if it is damaged, its loss is told, once."""
         with self._wake:
-            self._suspects.add(row)
+            self._suspects.add((table, row))
             self._notify()
 
     def _notify(self) -> None:
@@ -552,9 +555,11 @@ class LogWriter:
         if self._acknowledged is not None:
             self._acknowledged |= published
         damaged: list[Damage] = []
+        entries: list[DamagedEntry] = []
         trim, removed, failed = None, list[Lost](), ""
         try:
-            damaged = self._scrubber.look(suspects)
+            damaged = self._scrubber.look(row for table, row in suspects if table == "telemetry")
+            entries = self._scrubber.look_at_entries(row for table, row in suspects if table == "entries")
             if self._journal.wal_bytes() > self._journal.wal_bound:
                 self._journal.fold()
             trim, removed = self._journal.plan_trim(self._acknowledged)
@@ -568,7 +573,10 @@ class LogWriter:
             changes.trim = trim
             for damage in damaged:
                 changes.damaged.append((damage.first, damage.last))
-                self._tell_lost(damage.lost, "not in the journal: its rows are damaged")
+                self._tell_lost(damage.lost, DAMAGED)
+            if entries:
+                changes.damaged_entries += [entry.id for entry in entries]
+                self._tell_lost([entry.lost for entry in entries], DAMAGED)
             if removed:
                 if any(lost.topic == "telemetry" for lost in removed):
                     self._tell_full()

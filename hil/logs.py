@@ -119,6 +119,7 @@ class JournalFile:
         try:
             stream, self.arm = self._db.execute("SELECT stream, arm FROM stream").fetchone()
             self.motors: dict[int, str] = dict(self._db.execute("SELECT partition, name FROM motors"))
+            self._crc = "crc" if self._db.execute("PRAGMA user_version").fetchone()[0] >= 3 else "NULL"  # of entries
         except (sqlite3.Error, TypeError) as error:
             self._db.close()
             raise JudgeError(f"journal {path}: {error}") from error
@@ -159,15 +160,19 @@ class JournalFile:
 
     def entries(self, topic: str) -> Iterator[StoredEntry | Damage]:
         """All events or outcomes, in the order of their ids."""
-        for rows in self._rows("entries", "id, topic, partition, seq, key, value"):
+        columns = f"id, CAST(topic AS BLOB), partition, seq, at_ns, CAST(key AS BLOB), value, {self._crc}"
+        for rows in self._rows("entries", columns):
             if isinstance(rows, Damage):
                 yield rows
-            else:
-                for entry in (StoredEntry(*row) for row in rows):
-                    if tuple(map(type, entry)) != (int, str, int, int, str, bytes):
-                        yield Damage(entry.id, entry.id, "a column is of another type")
-                    elif entry.topic == topic:
-                        yield entry
+                continue
+            for row in rows:
+                number, of, partition, seq, _, key, value, crc = row
+                if tuple(map(type, row[:-1])) != (int, bytes, int, int, int, bytes, bytes):
+                    yield Damage(number, number, "a column is of another type")
+                elif crc not in {None, zlib.crc32(b"%d %s %d %d %d %s %s" % tuple(row[:-1]))}:
+                    yield Damage(number, number, "its checksum is wrong")
+                elif of == topic.encode():
+                    yield StoredEntry(number, topic, partition, seq, key.decode(errors="replace"), value)
 
     def _rows(self, table: str, columns: str) -> Iterator[list[Any] | Damage]:
         """The rows, many at a time; around what SQLite calls malformed, one at a time."""

@@ -494,6 +494,14 @@ async def test_damaged_row_is_told_as_the_offsets_that_it_held(in_journal: InJou
     ]
 
 
+async def test_damaged_event_is_a_hole(in_journal: InJournal) -> None:
+    for at_ns in range(4):
+        await in_journal.event(0, at_ns)
+    in_journal.journal.db.execute("UPDATE entries SET value = replace(value, 'test', 'best') WHERE seq = 3")
+    parts = await read_all(in_journal.reader(["events"], "beginning", follow=False))
+    assert (offsets(parts), holes(parts)) == ([*events_of(0, 0, 2), *events_of(0, 3, 4)], [("events", 0, 2, 2)])
+
+
 # the directory that examples share is told apart by their number
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(

@@ -14,7 +14,8 @@ CREATE TABLE stream    (id INTEGER PRIMARY KEY, stream BLOB NOT NULL, arm TEXT N
 CREATE TABLE motors    (partition INTEGER PRIMARY KEY, name TEXT NOT NULL);
 CREATE TABLE telemetry (id INTEGER PRIMARY KEY, crc INTEGER NOT NULL, records BLOB NOT NULL);
 CREATE TABLE entries   (id INTEGER PRIMARY KEY, topic TEXT, partition INTEGER, seq INTEGER, at_ns INTEGER, key TEXT,
-                        value BLOB);
+                        value BLOB, crc INTEGER);
+PRAGMA user_version = 3;
 """
 Row = Sequence[tuple[int, bytes]]
 """(partition, message) of each record."""
@@ -31,9 +32,8 @@ def write_journal(
         for row in rows:
             blob = b"".join(struct.pack("<H", partition) + message for partition, message in row)
             db.execute("INSERT INTO telemetry (crc, records) VALUES (?, ?)", (zlib.crc32(blob), blob))
-        for topic, partition, seq, value in entries:
-            columns = (topic, partition, seq, value["at_ns"], value["motor"], json.dumps(value).encode())
-            db.execute(
-                "INSERT INTO entries (topic, partition, seq, at_ns, key, value) VALUES (?, ?, ?, ?, ?, ?)", columns
-            )
+        for number, (topic, partition, seq, value) in enumerate(entries, 1):
+            columns = (number, topic, partition, seq, value["at_ns"], value["motor"], json.dumps(value))
+            crc = zlib.crc32(" ".join(map(str, columns)).encode())
+            db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, CAST(? AS BLOB), ?)", (*columns, crc))
     return path

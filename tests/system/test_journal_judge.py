@@ -85,6 +85,17 @@ def test_a_wrong_checksum_is_found_and_the_rest_is_read(tmp_path: Path) -> None:
     assert verdict.partitions[0].gaps == 1
 
 
+@pytest.mark.parametrize(("column", "value"), [("key", b"other"), ("key", b"\xff"), ("value", b"{}"), ("at_ns", 77)])
+def test_a_damaged_outcome_is_found_and_the_rest_is_read(tmp_path: Path, column: str, value: object) -> None:
+    entries = [outcome(1, "a", "done"), outcome(2, "b", "done"), outcome(3, "c", "done")]
+    path = write_journal(tmp_path / "journal.db", STREAM, [], entries)
+    with closing(sqlite3.connect(path)) as db, db:
+        kind = "TEXT" if column == "key" else "BLOB" if column == "value" else "INTEGER"
+        db.execute(f"UPDATE entries SET {column} = CAST(? AS {kind}) WHERE id = 2", (value,))
+    verdict = judge_journal(path, "outcomes")
+    assert {(fault.kind, fault.offset) for fault in verdict.faults} == {(FaultKind.DAMAGE, 2), (FaultKind.GAP, 3)}
+
+
 def test_a_page_that_sqlite_cannot_read_is_found_and_the_rest_is_read(tmp_path: Path) -> None:
     path = write_journal(tmp_path / "journal.db", STREAM, rows(*range(1, 3001)))
     with closing(sqlite3.connect(path)) as db:

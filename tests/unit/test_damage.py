@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from drivers.clock import SECOND
 from gateway import damage as module
 from gateway import telemetry
 from gateway import writer as writer_module
-from gateway.damage import Damage, Scrubber, find_damage
+from gateway.damage import Damage, DamagedEntry, Scrubber, find_damage
 from gateway.event_time import EventTime
-from gateway.journal import Changes, Journal, JournalReader, Lost
+from gateway.journal import Changes, Journal, JournalReader, Lost, StoredEntry, Table
 from gateway.stamp import Head
 from gateway.writer import LogWriter
 from tests.gateway_parts import MOTORS, Numbering, make_samples, until
@@ -37,10 +37,10 @@ def open_journal(path: Path) -> Journal:
     return Journal(path, "arm1", MOTORS, ROOMY)
 
 
-def spoil(path: Path, found: bytes, at: int = 20) -> None:
+def spoil(path: Path, found: bytes, at: int = 20, bit: int = 1) -> None:
     """Flip a bit behind the place where the file holds ``found``."""
     data = bytearray(path.read_bytes())
-    data[data.index(found) + at] ^= 1
+    data[data.index(found) + at] ^= bit
     path.write_bytes(data)
 
 
@@ -107,6 +107,81 @@ def test_damage_at_the_beginning_of_a_trimmed_journal_costs_no_more_than_its_row
         assert find_damage(journal, 2) == Damage(2, 2, [Lost(0, 1, 3), Lost(1, 1, 2)])
 
 
+# --- events and outcomes ----------------------------------------------------------------------------------------------
+
+
+def write_entries(path: Path) -> list[StoredEntry]:
+    """Three events and an outcome."""
+    numbering = Numbering()
+    entries = [numbering.entry(value=f"value {n}".encode(), key=f"motor{n}") for n in range(1, 4)]
+    entries = [entry._replace(at_ns=10**18 + entry.id) for entry in [*entries, numbering.entry("outcomes")]]
+    with closing(open_journal(path)) as journal:
+        journal.commit(Changes(entries=entries))
+    return entries
+
+
+SPOILT = {
+    "value": (b"value 2", 1),
+    "key": (b"motor2", 1),
+    "no UTF-8": (b"motor2", 128),
+    "time": ((10**18 + 2).to_bytes(8, "big"), 1),
+}
+
+
+def removed(path: Path) -> list[dict[str, object]]:
+    with reading(path) as reader:
+        told = [json.loads(entry.value) for entry in reader.entries(4, 1000) if b"removed" in entry.value]
+    return [lost for event in told for lost in event["removed"]]
+
+
+@pytest.mark.parametrize(("found", "bit"), SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("met", [True, False], ids=["a reader met it", "the scrubber finds it"])
+async def test_flipped_bit_in_an_entry_costs_that_entry_and_is_told_once(
+    path: Path, found: bytes, bit: int, *, met: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _, third, outcome = write_entries(path)
+    spoil(path, found, 0, bit)
+    if met:
+        monkeypatch.setattr(module, "SCRUB_ENTRIES", 0)
+    suspects: list[tuple[Table, int]] = []
+    for _ in range(3):
+        with closing(JournalReader(path, damaged=lambda *row: suspects.append(row))) as reader:
+            assert reader.entries(0, 3) == [first, third, outcome]
+            assert reader.partition_entries("events", 0, 0, 2) == [first, third]
+        await run_writer(path, suspects if met else (), told=lambda: len(removed(path)) >= 1)
+        assert removed(path) == [{"topic": "events", "partition": 0, "from_seq": 2, "to_seq": 2, "count": 1}]
+
+
+async def test_numbers_go_on_behind_a_damaged_newest_entry(path: Path) -> None:
+    *_, third, _ = write_entries(path)
+    spoil(path, third.value, 0)
+    await run_writer(path, told=lambda: len(removed(path)) >= 1)
+    with reading(path) as reader:
+        assert [entry.seq for entry in reader.partition_entries("events", 0, 0, 10)] == [1, 2, 4]
+
+
+def test_scrubber_reads_entries_to_the_end_and_then_rests(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_entries(path)
+    now = [SECOND]
+    monkeypatch.setattr(module, "monotonic_ns", lambda: now[0])
+    monkeypatch.setattr(module, "SCRUB_ENTRIES", 1)
+    with closing(open_journal(path)) as journal:
+        journal.db.execute("UPDATE entries SET value = x'00' WHERE id IN (1, 4)")
+        scrubber = Scrubber(journal)
+        steps = [scrubber.look_at_entries(()) for _ in range(6)]
+        assert [[entry.id for entry in step] for step in steps] == [[1], [], [], [4], [], []]
+        now[0] += module.PASS_NS + SECOND
+        assert scrubber.look_at_entries(()) == [DamagedEntry(1, Lost(0, 1, 1, "events"))]
+
+
+def test_many_damaged_entries_in_a_row_are_no_end_of_the_log(path: Path) -> None:
+    *_, outcome = write_entries(path)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("UPDATE entries SET at_ns = 0 WHERE id < 4")
+    with reading(path) as reader:
+        assert reader.entries(0, 1) == [outcome]
+
+
 # --- an unreadable page -----------------------------------------------------------------------------------------------
 
 
@@ -115,7 +190,7 @@ def test_unreadable_page_costs_the_rows_on_it_only(path: Path, spoiled: int) -> 
     rows = write(path, [[0, 0, 1]] * 300)
     spoil_page(path, telemetry.messages(rows[spoiled - 1])[0])
     met: list[int] = []
-    with closing(JournalReader(path, damaged=met.append)) as reader:
+    with closing(JournalReader(path, damaged=lambda _, row: met.append(row))) as reader:
         read = {batch.id for batch in reader.batches(0, 1000)}
         after, paged = 0, set()
         while batches := reader.batches(after, 7):
@@ -177,17 +252,19 @@ def gaps(path: Path) -> list[tuple[str, int, int]]:
     return [(event["motor"], event["from_seq"], event["to_seq"]) for event in events]
 
 
-async def run_writer(path: Path, suspects: Sequence[int] = (), told: int = 0) -> None:
-    """One run of the gateway's writer over the journal, until it has told of as many gaps."""
+async def run_writer(
+    path: Path, suspects: Sequence[tuple[Table, int]] = (), told: Callable[[], bool] = lambda: True
+) -> None:
+    """One run of the gateway's writer over the journal, until ``told``."""
     journal = open_journal(path)
     writer = LogWriter(journal, EventTime(), 0.1, path.with_suffix(".whole"), published=False)
     writer.start(Heard(), asyncio.get_running_loop())
-    for row in suspects:
-        writer.check(row)
+    for table, row in suspects:
+        writer.check(table, row)
     for _ in range(5):
         writer.samples(make_samples([0, 1]))
         await writer.durable()
-    await until(lambda: len(gaps(path)) >= told)
+    await until(told)
     assert await asyncio.to_thread(writer.stop, 60)
 
 
@@ -201,7 +278,7 @@ async def test_loss_is_told_once_over_restarts(
         monkeypatch.setattr(module, "SCRUB_BYTES", 0)
     expected = [("joint1", 5, 6), ("joint2", 3, 3)]
     for _ in range(3):
-        await run_writer(path, suspects, told=2)
+        await run_writer(path, [("telemetry", row) for row in suspects], told=lambda: len(gaps(path)) >= 2)
         assert gaps(path) == expected
     with reading(path) as reader:
         assert [batch.id for batch in reader.batches(0, 6)] == [1, 2, 4, 5, 6]
@@ -216,7 +293,7 @@ async def test_damaged_newest_row_is_told_at_the_start(path: Path, monkeypatch: 
         db.execute("UPDATE telemetry SET crc = 0 WHERE id = 2")
         db.execute("UPDATE heads SET seq = 1, telemetry_id = 1")
     assert len(rows) == 2
-    await run_writer(path, told=2)
+    await run_writer(path, told=lambda: len(gaps(path)) >= 2)
     assert gaps(path) == [("joint1", 2, 3), ("joint2", 2, 3)]  # three: two records may both have been one motor's
     with reading(path) as reader:
         assert [batch.records["seq"].tolist() for batch in reader.batches(2, 1)] == [[4, 4]]

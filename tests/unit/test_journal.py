@@ -469,12 +469,29 @@ def test_journal_of_version_1_is_taken_over(path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.executescript(
             "DROP TABLE producer; DROP TABLE bases; DROP TABLE damaged; DROP TABLE sizes; DROP VIEW older;"
+            "ALTER TABLE entries DROP COLUMN crc;"
             "PRAGMA user_version = 1"
         )
     with closing(open_journal(path)) as journal, closing(JournalReader(path)) as reader:
         assert (journal.stream, journal.heads[0], journal.row) == (stream, Head(1, 1), 1)
         assert journal._entry_bytes == 2 + 5 + module.ENTRY_BYTES
         assert reader.producer() is None
+
+
+def test_entries_of_version_2_are_read_as_they_are_and_kept(path: Path) -> None:
+    numbering = Numbering()
+    old, new = numbering.entry(value=b"old"), numbering.entry(value=b"new")
+    with closing(open_journal(path)) as journal:
+        journal.commit(Changes(entries=[old]))
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("ALTER TABLE entries DROP COLUMN crc; PRAGMA user_version = 2")
+    with closing(JournalReader(path)) as reader:  # as one that was set aside
+        assert reader.entries(0, 10) == [old]
+    with closing(open_journal(path)) as journal, closing(JournalReader(path)) as reader:
+        journal.commit(Changes(entries=[new]))
+        assert reader.entries(0, 10) == [old, new]
+        journal.db.execute("UPDATE entries SET value = x'00'")
+        assert [entry.seq for entry in reader.entries(0, 10)] == [1]  # an old one has no checksum
 
 
 def test_numbers_that_no_record_has_are_not_given_again(path: Path) -> None:

@@ -560,7 +560,7 @@ async def test_who_waits_for_damage_to_be_told_finds_it_on_the_disk(tmp_path: Pa
             await rig.writer.durable()
         with closing(sqlite3.connect(rig.path)) as db, db:
             db.execute("UPDATE telemetry SET crc = crc + 1 WHERE id = 2")
-        rig.writer.check(2)
+        rig.writer.check("telemetry", 2)
         await rig.writer.looked()
         (event,) = (json.loads(entry.value) for entry in rig.events())
         assert (event["type"], event["from_seq"], event["to_seq"]) == ("telemetry.gap", 2, 2)
