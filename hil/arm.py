@@ -42,13 +42,14 @@ class Arm:
         encoding: str = "protobuf",
         motion: str = "wave",
         sample: Path = SAMPLE_CONFIG,
+        rate_hz: int | None = None,
         more: str = "",
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """``directory`` is the arm's own. Without ``bootstrap`` it has no Kafka. Nothing is started yet.
 
-        ``sample`` is the configuration of a simulated arm, of which it runs a copy, with ``more`` tables behind it;
-        ``environment`` is added to that of its processes.
+        ``sample`` is the configuration of a simulated arm, of which it runs a copy, with ``rate_hz`` on all buses if
+        given, and ``more`` tables behind it; ``environment`` is added to that of its processes.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.name = name
@@ -57,7 +58,7 @@ class Arm:
         self.state = directory / "state"
         self.faults = directory / "faults.toml"
         self.config = directory / "arm.toml"
-        self.config.write_text(_config(sample, name, bootstrap, encoding, motion) + more)
+        self.config.write_text(_config(sample, name, bootstrap, encoding, motion, rate_hz) + more)
         tables = tomllib.loads(self.config.read_text())
         configured = tables["motor"]
         self.can_buses = {bus["name"] for bus in tables["bus"] if bus["type"] == "can"}
@@ -247,9 +248,11 @@ class Arm:
         return ends
 
 
-def _config(sample: Path, name: str, bootstrap: str | None, encoding: str, motion: str) -> str:
+def _config(sample: Path, name: str, bootstrap: str | None, encoding: str, motion: str, rate_hz: int | None) -> str:
     """The sample configuration with a name, a state directory, a faults file and a broker of its own."""
     text = sample.read_text()
+    if rate_hz:
+        text = re.sub("^rate_hz = .*$", f"rate_hz = {rate_hz}", text, flags=re.MULTILINE)
     text = _replace(text, r'name = "sim-\w+"', f'name = "{name}"\nstate_dir = "state"')
     text = _replace(text, 'motion = "wave"', f'motion = "{motion}"\nfaults = "faults.toml"')
     if bootstrap:

@@ -198,6 +198,7 @@ async def _live(arm: Arm, random: Random, history: History) -> str | None:
                 arm.kill_worker()
             case _:
                 return str(pick(random, ENDS))
+    await arm.writer.durable()  # a setpoint that waits for the disk still has its time to run
     await arm.run(300)
     assert all(abs(servo.velocity_rad_s) < STILL_RAD_S for servo in arm.servos), "it runs on without a setpoint"
     return None

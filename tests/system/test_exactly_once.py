@@ -528,7 +528,7 @@ async def test_a_gateway_that_was_cut_off_and_replaced_yields(
 def test_of_two_gateways_for_one_arm_one_publishes_and_the_other_takes_over(
     broker: Broker, tmp_path: Path, arm_name: str
 ) -> None:
-    first, second = (Arm(arm_name, tmp_path / name, broker.bootstrap) for name in ("first", "second"))
+    first, second = (Arm(arm_name, tmp_path / name, broker.bootstrap, rate_hz=50) for name in ("first", "second"))
     try:
         first.start()
         first.wait_status(lambda status: status["kafka"]["state"] == "up", "connected to the broker")

@@ -61,7 +61,7 @@ def test_recorder_that_is_killed_again_and_again_leaves_neither_gap_nor_repeat(
     for number in range(5):
         before = recorded_bytes(out)
         with recording(arm, out) as process:
-            arm.wait(lambda before=before: recorded_bytes(out) > before + 20_000, "a second's recording")  # type: ignore[misc]
+            arm.wait(lambda before=before: recorded_bytes(out) > before + 5_000, "a second's recording")  # type: ignore[misc]
             process.kill()
         if number == 2:  # the log goes on in the same journal
             arm.kill()
@@ -77,7 +77,7 @@ def test_recorder_that_is_killed_again_and_again_leaves_neither_gap_nor_repeat(
     assert len(seqs) == len(arm.motors)
     for motor, found in seqs.items():
         assert found == list(range(1, len(found) + 1)), motor
-        assert len(found) > 400
+        assert len(found) > 100
     assert len(list(out.glob("*.mcap"))) == 1  # each went on in the file of the one before
     for path in out.glob("*.mcap"):
         with path.open("rb") as file:

@@ -371,7 +371,7 @@ def test_a_gateway_on_motors_that_live_through_a_log_polls_the_recorded_position
 ) -> None:
     arm = make_arm()
     arm.start()
-    arm.wait(lambda: min(arm.journal_ends().values()) > 400, "two seconds of samples")
+    arm.wait(lambda: min(arm.journal_ends().values()) > 100, "two seconds of samples")
     arm.stop()
     journal, again = arm.state / "journal.db", tmp_path / "again"
     said = arm.cli(
