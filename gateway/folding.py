@@ -9,7 +9,8 @@ since the last time.
 import contextlib
 import sqlite3
 import threading
-from pathlib import Path
+
+from gateway.journal import Journal
 
 EVERY_S = 1.0
 LONG = 2048  # pages: as commits go on, the end of a WAL is never quite reached, and it would not begin anew
@@ -19,14 +20,14 @@ BACKSTOP = 2 * LONG  # pages, beyond which a commit does it after all
 class Folder:
     """A thread with a connection of its own, from ``start`` to ``stop``. What goes wrong, the writer finds out."""
 
-    def __init__(self, journal: Path) -> None:
+    def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log-folder", daemon=True)
 
-    def start(self, writer: sqlite3.Connection) -> None:
-        """Begin; commits of ``writer`` leave it to this thread."""
-        writer.execute(f"PRAGMA wal_autocheckpoint = {BACKSTOP}")
+    def start(self) -> None:
+        """Begin; the journal's commits leave it to this thread."""
+        self._journal.db.execute(f"PRAGMA wal_autocheckpoint = {BACKSTOP}")
         self._thread.start()
 
     def stop(self) -> None:
@@ -39,9 +40,9 @@ class Folder:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        with contextlib.closing(sqlite3.connect(f"file:{self._journal}?mode=rw", uri=True, timeout=0)) as db:
+        with contextlib.closing(sqlite3.connect(f"file:{self._journal.path}?mode=rw", uri=True, timeout=0)) as db:
             while not self._stopping.wait(EVERY_S):
-                with contextlib.suppress(sqlite3.Error):
+                with self._journal.folding, contextlib.suppress(sqlite3.Error):
                     _, pages, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                     if pages > LONG:  # hardly anything is left to do: writers wait for that only
                         db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()

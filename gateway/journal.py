@@ -19,6 +19,7 @@ import functools
 import logging
 import secrets
 import sqlite3
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -209,6 +210,8 @@ class Journal:
         """
         self.max_bytes = max_bytes
         self.path = path
+        self.folding = threading.Lock()  # held by who brings the WAL into the file
+        self._held = False  # by a reader: the WAL
         try:
             self.db = self._open(path, arm, replayed)
             self._identity = identity(path)
@@ -471,12 +474,13 @@ class Journal:
 
         Raises WalHeld if it is above its bound and a reader still needs it.
         """
-        self.db.execute("PRAGMA busy_timeout = 0")
-        held = False
-        with contextlib.suppress(sqlite3.OperationalError):  # the next commit says what is wrong, or goes on in the WAL
-            held = self._one("PRAGMA wal_checkpoint(RESTART)")
-        self.db.execute(f"PRAGMA busy_timeout = {round(BUSY_S * 1000)}")
-        if held and self.wal_bytes() > self.wal_bound:
+        if self.folding.acquire(blocking=False):  # else it is folded just now, which looks as if a reader held it
+            self.db.execute("PRAGMA busy_timeout = 0")
+            with contextlib.suppress(sqlite3.OperationalError):  # the next commit says what is wrong
+                self._held = bool(self._one("PRAGMA wal_checkpoint(RESTART)"))
+            self.db.execute(f"PRAGMA busy_timeout = {round(BUSY_S * 1000)}")
+            self.folding.release()
+        if self._held and self.wal_bytes() > self.wal_bound:
             raise WalHeld(f"a reader holds the WAL ({self.wal_bytes() >> 20} MB){holders(self.path)}")
 
     @property

@@ -126,7 +126,7 @@ class LogWriter:
             journal.stream, journal.heads, time, journal.row, journal.entry, journal.entry_heads
         )  # fmt: skip
         self._scrubber = Scrubber(journal)
-        self._folder = Folder(journal.path)
+        self._folder = Folder(journal)
         self._flush_ns = int(flush_ms * MS)
         self._acknowledged = dict(journal.published) if published else None
         self._wake = threading.Condition()
@@ -151,7 +151,7 @@ class LogWriter:
         """Begin to commit; ``listener`` is called on ``loop``."""
         self._listener = listener
         self._loop = loop
-        self._folder.start(self._journal.db)
+        self._folder.start()
         self._thread.start()
 
     # -- in ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from math import inf, isfinite, nan
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from drivers import protocols
@@ -640,6 +640,19 @@ def read(loop: Loop, bus_ids: Sequence[int], stream: Sequence[bytes]) -> dict[in
     return replies
 
 
+WEAK = {"feetech_sts"}  # one byte of checksum: of 256 packets that noise makes, one is right
+
+
+def packets_of_sts(stream: bytes | bytearray) -> set[bytes]:
+    """Everything that is an STS packet by its header, length and checksum, wherever it begins."""
+    found = (
+        bytes(stream[at : at + 4 + length])
+        for at, length in enumerate(stream[3:])
+        if stream[at : at + 2] == b"\xff\xff"
+    )
+    return {packet for packet in found if len(packet) > 5 and ~sum(packet[2:-1]) & 0xFF == packet[-1]}
+
+
 @given(data=st.data())
 @pytest.mark.parametrize("name", [name for name in NAMES if load(name).medium == "serial"])
 def test_damaged_stream_invents_nothing_and_the_next_replies_are_read(name: str, data: st.DataObject) -> None:
@@ -659,6 +672,8 @@ def test_damaged_stream_invents_nothing_and_the_next_replies_are_read(name: str,
             stream.insert(at, data.draw(st.integers(0, 255)))
         case "cut":
             del stream[at:]
+    if name in WEAK:
+        assume(packets_of_sts(stream) <= packets_of_sts(b"".join(good)))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=4)))
     chunks = [bytes(stream[a:b]) for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
     for bus_id, feedback in read(loop, bus_ids, chunks).items():

@@ -496,7 +496,7 @@ async def test_reader_that_holds_the_wal_is_named_and_everything_goes_on_and_hea
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "HOUSEKEEPING_NS", 0)
-    monkeypatch.setattr(Journal, "wal_bound", 200_000)
+    monkeypatch.setattr(Journal, "wal_bound", 500_000)
     async with writing(Rig(tmp_path)) as rig:
         rig.writer.samples(make_samples([0]))
         await rig.writer.durable()
@@ -537,6 +537,7 @@ async def test_wal_is_folded_beside_the_commits_and_begins_anew(
                 rig.writer.when_durable(lambda: None)
                 await asyncio.sleep(0.001)
             salts.add(wal_path(rig.path).read_bytes()[16:24])  # others each time it begins anew
+        await rig.writer.durable()
         assert rig.stored() == list(range(1, count + 1))
     assert not wal_path(rig.path).exists()
 
