@@ -475,11 +475,13 @@ class Journal:
         Raises WalHeld if it is above its bound and a reader still needs it.
         """
         if self.folding.acquire(blocking=False):  # else it is folded just now, which looks as if a reader held it
-            self.db.execute("PRAGMA busy_timeout = 0")
-            with contextlib.suppress(sqlite3.OperationalError):  # the next commit says what is wrong
-                self._held = bool(self._one("PRAGMA wal_checkpoint(RESTART)"))
-            self.db.execute(f"PRAGMA busy_timeout = {round(BUSY_S * 1000)}")
-            self.folding.release()
+            try:
+                self.db.execute("PRAGMA busy_timeout = 0")
+                with contextlib.suppress(sqlite3.OperationalError):  # the next commit says what is wrong
+                    self._held = bool(self._one("PRAGMA wal_checkpoint(RESTART)"))
+                self.db.execute(f"PRAGMA busy_timeout = {round(BUSY_S * 1000)}")
+            finally:
+                self.folding.release()
         if self._held and self.wal_bytes() > self.wal_bound:
             raise WalHeld(f"a reader holds the WAL ({self.wal_bytes() >> 20} MB){holders(self.path)}")
 
