@@ -281,6 +281,17 @@ async def test_what_was_on_its_way_does_not_come_behind_a_gap(gateway: Gateway, 
     assert [lost for lost, _ in gateway.damage] == [Lost(0, 11, 15), Lost(1, 11, 15)]
 
 
+async def test_a_damaged_outcome_is_told_and_left_out(gateway: Gateway, broker: Broker) -> None:
+    with closing(gateway.journal()) as journal:
+        journal.commit(Changes(entries=[gateway.outcome(number) for number in (1, 2, 3)]))
+        journal.db.execute("UPDATE entries SET key = CAST(x'ff' AS TEXT) WHERE id = 2")
+    async with gateway.running() as run:
+        await until(lambda: run.publisher.acknowledged(0, "outcomes") == 3)
+    assert [lost for lost, _ in gateway.damage] == [Lost(0, 2, 2, "outcomes")]
+    seqs = [dict(r.headers)["servo-seq"] async for r in read(broker.bootstrap, f"servo.{gateway.arm}.outcomes")]
+    assert seqs == [f"{gateway.stream}/{seq}".encode() for seq in (1, 3)]
+
+
 # --- a journal that was set aside -------------------------------------------------------------------------------------
 
 
