@@ -56,23 +56,23 @@ class Scrubber:
     def look_at_entries(self, suspects: Iterable[int]) -> list[DamagedEntry]:
         """Damaged entries that are not told yet, of ``suspects`` and the next few hundred. Raises sqlite3.Error."""
         db = self._journal.db
-        damaged: set[int] = set()
-        for where, values in [("id = ?", (number,)) for number in suspects] + self._scrub_entries():
-            read_entries(db, where, values, SCRUB_ENTRIES, lambda _, number: damaged.add(number))
-        return [DamagedEntry(number, lost) for number in sorted(damaged) for lost in _lost_with(db, number)]
+        damaged = self._scrub_entries()
+        for number in suspects:
+            damaged += _damaged_entries(db, number - 1, number)
+        return [DamagedEntry(number, lost) for number in sorted({*damaged}) for lost in _lost_with(db, number)]
 
-    def _scrub_entries(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Which entries to look at now: SQL, and its values."""
+    def _scrub_entries(self) -> list[int]:
         now = monotonic_ns()
         if now < self._entry_pass_at:
             return []
+        after = self._entry_at
         sql = "SELECT max(id) FROM (SELECT id FROM entries WHERE id > ? ORDER BY id LIMIT ?)"
-        after, upto = self._entry_at, self._journal.db.execute(sql, (self._entry_at, SCRUB_ENTRIES)).fetchone()[0]
+        upto = self._journal.db.execute(sql, (after, SCRUB_ENTRIES)).fetchone()[0]
         if upto is None:
             self._entry_at, self._entry_pass_at = 0, now + PASS_NS
             return []
         self._entry_at = upto
-        return [("id > ? AND id <= ?", (after, upto))]
+        return _damaged_entries(self._journal.db, after, upto)
 
     def _is_told(self, row: int) -> bool:
         return any(first <= row <= last for first, last in self._told)
@@ -132,6 +132,13 @@ def find_damage(journal: Journal, row: int) -> Damage | None:
         if behind < upto:
             lost.append(Lost(partition, behind + 1, upto))
     return Damage(first, last, sorted(lost))
+
+
+def _damaged_entries(db: sqlite3.Connection, after: int, upto: int) -> list[int]:
+    """Damaged entries with ids in (after, upto] that are not told yet."""
+    found: list[int] = []
+    read_entries(db, "id > ? AND id <= ?", (after, upto), -1, lambda _, number: found.append(number))
+    return found
 
 
 def _lost_with(db: sqlite3.Connection, entry: int) -> list[Lost]:

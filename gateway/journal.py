@@ -103,6 +103,7 @@ class Entry:
 
 
 Table: TypeAlias = Literal["telemetry", "entries"]
+"""Where a damaged row is."""
 
 
 class StoredEntry(NamedTuple):
@@ -673,17 +674,17 @@ def read_entries(
     limit: int,
     damaged: Callable[[Table, int], None] | None = None,
 ) -> list[StoredEntry]:
-    """Up to ``limit`` of the entries ``where`` SQL says, without the damaged ones, which are logged."""
+    """Up to ``limit`` (-1: all) of the entries ``where`` SQL says, without the damaged ones, which are logged."""
     crc = "crc" if db.execute("PRAGMA user_version").fetchone()[0] >= 3 else "NULL"
     columns = f"id, CAST(topic AS BLOB), partition, seq, at_ns, CAST(key AS BLOB), value, {crc}"
     found: list[StoredEntry] = []
     with contextlib.closing(db.execute(f"SELECT {columns} FROM entries WHERE {where}", values)) as rows:  # noqa: S608
-        for *row, crc in rows:
-            if entry := _entry(row, crc):
+        for *row, check in rows:
+            if entry := _entry(row, check):
                 found.append(entry)
                 if len(found) == limit:
                     break
-            elif crc != TOLD:
+            elif check != TOLD:
                 log.error("journal: entry %d is damaged and left out", row[0])
                 if damaged:
                     damaged("entries", row[0])

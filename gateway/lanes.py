@@ -148,11 +148,10 @@ class TelemetryLane(Lane):
     def _items(self, row: int, records: Records) -> list[Item]:
         """Those of a row's ``records`` that are behind ``seq``."""
         seqs = records["seq"].tolist()
-        if seqs[0] <= self.seq:
-            known = bisect.bisect(seqs, self.seq)
-            seqs, records = seqs[known:], records[known:]
-            if not seqs:
-                return []
+        known = bisect.bisect(seqs, self.seq)
+        if known == len(seqs):
+            return []
+        seqs, records = seqs[known:], records[known:]
         values = telemetry.json_messages(records, self._motor) if self._json else telemetry.messages(records)
         rows = [row - 1] * (len(seqs) - 1) + [row]
         columns = zip(seqs, rows, records["sampled_at_ns"].tolist(), values, strict=True)

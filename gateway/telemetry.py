@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 Records = NDArray[np.void]
 """Stamped samples, dtype RECORD."""
+Split: TypeAlias = dict[int, Records]
+"""Records by partition."""
 
 _FIELDS = (  # in the order of their field numbers, which count from 1
     ("stream", "<u8"),
@@ -68,10 +70,6 @@ _MESSAGE_OFFSET = RECORD.itemsize - MESSAGE_SIZE
 _TEMPLATE = np.zeros((), RECORD)
 for _name, _tag in _TAGS.items():
     _TEMPLATE[f"{_name}_tag"] = _tag
-
-
-Split: TypeAlias = dict[int, Records]
-"""Records by partition."""
 
 
 def blank(count: int) -> Records:

@@ -574,9 +574,8 @@ class LogWriter:
             for damage in damaged:
                 changes.damaged.append((damage.first, damage.last))
                 self._tell_lost(damage.lost, DAMAGED)
-            if entries:
-                changes.damaged_entries += [entry.id for entry in entries]
-                self._tell_lost([entry.lost for entry in entries], DAMAGED)
+            changes.damaged_entries += [entry.id for entry in entries]
+            self._tell_lost([entry.lost for entry in entries], DAMAGED)
             if removed:
                 if any(lost.topic == "telemetry" for lost in removed):
                     self._tell_full()
