@@ -24,6 +24,8 @@ MARK = "SERVO_GATEWAY_RIG"  # in the environment of every process of an arm, so 
 MOTORS = tuple(f"joint{number}" for number in range(1, 7))  # of the sample
 COMMAND = (sys.executable, "-m", "gateway.cli.main")
 POLL_S = 0.02
+CALM_HZ = 50
+CALM_OFFLINE_MS = 3000
 
 
 class ArmError(Exception):
@@ -42,14 +44,15 @@ class Arm:
         encoding: str = "protobuf",
         motion: str = "wave",
         sample: Path = SAMPLE_CONFIG,
-        rate_hz: int | None = None,
+        calm: bool = False,
         more: str = "",
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """``directory`` is the arm's own. Without ``bootstrap`` it has no Kafka. Nothing is started yet.
 
-        ``sample`` is the configuration of a simulated arm, of which it runs a copy, with ``rate_hz`` on all buses if
-        given, and ``more`` tables behind it; ``environment`` is added to that of its processes.
+        ``sample`` is the configuration of a simulated arm, of which it runs a copy, with ``more`` tables behind it. A
+        ``calm`` one leaves room for others on the machine: it polls slowly, and takes no motor for offline that a
+        busy processor kept from answering. ``environment`` is added to that of its processes.
         """
         directory.mkdir(parents=True, exist_ok=True)
         self.name = name
@@ -58,7 +61,7 @@ class Arm:
         self.state = directory / "state"
         self.faults = directory / "faults.toml"
         self.config = directory / "arm.toml"
-        self.config.write_text(_config(sample, name, bootstrap, encoding, motion, rate_hz) + more)
+        self.config.write_text(_config(sample, name, bootstrap, encoding, motion, calm=calm) + more)
         tables = tomllib.loads(self.config.read_text())
         configured = tables["motor"]
         self.can_buses = {bus["name"] for bus in tables["bus"] if bus["type"] == "can"}
@@ -248,12 +251,14 @@ class Arm:
         return ends
 
 
-def _config(sample: Path, name: str, bootstrap: str | None, encoding: str, motion: str, rate_hz: int | None) -> str:
+def _config(sample: Path, name: str, bootstrap: str | None, encoding: str, motion: str, *, calm: bool) -> str:
     """The sample configuration with a name, a state directory, a faults file and a broker of its own."""
     text = sample.read_text()
-    if rate_hz:
-        text = re.sub("^rate_hz = .*$", f"rate_hz = {rate_hz}", text, flags=re.MULTILINE)
-    text = _replace(text, r'name = "sim-\w+"', f'name = "{name}"\nstate_dir = "state"')
+    keys = f'name = "{name}"\nstate_dir = "state"'
+    if calm:
+        text = re.sub("^rate_hz = .*$", f"rate_hz = {CALM_HZ}", text, flags=re.MULTILINE)
+        keys += f"\noffline_after_ms = {CALM_OFFLINE_MS}"
+    text = _replace(text, r'name = "sim-\w+"', keys)
     text = _replace(text, 'motion = "wave"', f'motion = "{motion}"\nfaults = "faults.toml"')
     if bootstrap:
         servers = json.dumps(bootstrap.split(","))

@@ -12,7 +12,6 @@ from drivers.clock import SECOND, after, left_s, monotonic_ns, sleep_until
 from hil.arm import COMMAND, SAMPLE_CONFIG, Arm
 
 WITHIN_S = 30
-CALM_HZ = 50  # where it does not matter how fast motors are polled, others share the machine
 
 
 class MakeArm(Protocol):
@@ -32,7 +31,7 @@ class MakeArm(Protocol):
 def make_arm(request: pytest.FixtureRequest, tmp_path: Path, arm_name: str) -> Iterator[MakeArm]:
     """Arms of this test, the first with the name ``arm_name``; killed at its end, when no process may be left."""
     made: list[Arm] = []
-    rate_hz = None if request.node.get_closest_marker("alone") else CALM_HZ
+    calm = not request.node.get_closest_marker("alone")
 
     def make(
         bootstrap: str | None = None,
@@ -44,7 +43,7 @@ def make_arm(request: pytest.FixtureRequest, tmp_path: Path, arm_name: str) -> I
         number = len(made)
         name = f"{arm_name}{f'-{number}' if number else ''}"
         directory = tmp_path / name
-        made.append(Arm(name, directory, bootstrap, encoding=encoding, motion=motion, sample=sample, rate_hz=rate_hz))
+        made.append(Arm(name, directory, bootstrap, encoding=encoding, motion=motion, sample=sample, calm=calm))
         return made[-1]
 
     yield make

@@ -29,7 +29,6 @@ from hil.judge import Verdict, judge, read
 from hil.kafka import Broker
 from hil.proxy import Proxy
 from tests.gateway_parts import DEADLINE_S, MOTORS, Numbering, make_config, until
-from tests.system.conftest import CALM_HZ
 from tests.system.rig import command_record, produce, see, wait_event, wait_outcome
 
 DAY_NS = 24 * 3600 * SECOND
@@ -540,7 +539,7 @@ async def test_a_gateway_that_was_cut_off_and_replaced_yields(
 def test_of_two_gateways_for_one_arm_one_publishes_and_the_other_takes_over(
     broker: Broker, tmp_path: Path, arm_name: str
 ) -> None:
-    first, second = (Arm(arm_name, tmp_path / name, broker.bootstrap, rate_hz=CALM_HZ) for name in ("first", "second"))
+    first, second = (Arm(arm_name, tmp_path / name, broker.bootstrap, calm=True) for name in ("first", "second"))
     try:
         first.start()
         first.wait_status(lambda status: status["kafka"]["state"] == "up", "connected to the broker")
