@@ -24,8 +24,7 @@ test: setup lint ## lint, all tests against a real Kafka broker, coverage of the
 	$(BIN)/coverage run -m pytest tests/unit tests/conformance $(TWO) $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=88
-	$(BIN)/pytest tests/system -m "not alone" $(TWO) $(ARGS)
-	$(BIN)/pytest tests/system -m alone $(ARGS)
+	$(BIN)/pytest tests/system $(TWO) $(ARGS)
 	@$(MAKE) --no-print-directory socketcan ARGS=
 
 socketcan: .venv/installed ## the CAN suites on real SocketCAN: this kernel's vcan, or Debian's kernel in QEMU

@@ -1,6 +1,7 @@
 """Orders on one bus: who is told what, in which order, and what becomes of it.
 
     submit -> waiting -> under way (a procedure, an exchange at a time) -> OrderDone | OrderFailed
+                         not acknowledged: again, as soon as the motor is heard
     group:    waiting until it is complete -> prepared, each motor for itself -> fired at one moment -> confirmed
     estop:    halt (one exchange) -> a stop for each motor, until it acknowledges it or is offline; latched
 
@@ -27,7 +28,7 @@ ALL: Final = -1
 OWN = 0  # the number of the tickets that are given here
 STARVED_CYCLES = 2  # a bus without slack still looks after its orders this often
 ORDERS_PER_MOTOR = 8
-ORDER_TRIES = 3  # of an order that nobody acknowledged: said again it asks for nothing else
+ORDER_TRIES = 3  # of an order that nobody acknowledges: said again it asks for nothing else
 FIRE_WAIT_NS = 20 * MS  # nothing else is done for this long, so that a group is fired on time
 LATCHED_KINDS = ENDS_MOTION | {Kind.ESTOP, Kind.RESET_ESTOP}
 
@@ -56,9 +57,23 @@ class _Told(Job):
 
     ticket: Ticket
     tries: int = 1
+    refusal: str = ""  # what the try before this one met
+    refused_ns: int = 0
     begun: bool = False
     ready: Ready | None = None  # of a group: prepared, and waits for the others
     fired: bool = False
+
+    @property
+    def rests(self) -> bool:
+        """Whether it is to be said again, but not before its motor is heard.
+
+        Who is away for a moment would miss all tries. What ends a motion waits for nothing, at first.
+        """
+        if self.begun or not self.refused_ns or monotonic_ns() > self.ticket.expires_ns:
+            return False
+        if self.ticket.order.kind in ENDS_MOTION and self.tries <= ORDER_TRIES:
+            return False
+        return self.tracked.heard_ns <= self.refused_ns
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -97,8 +112,8 @@ class Orders(Generic[W]):
     def submit(self, ticket: Ticket) -> None:
         """Queue an order. Whatever becomes of it, exactly one OrderDone or OrderFailed follows.
 
-        A setpoint, or what ends a motion, takes the place of setpoints of its motor that still wait; a disable, which
-        goes ahead of them, that of enables, too.
+        A setpoint, or what ends a motion, takes the place of setpoints of its motor that still wait, also to be said
+        again; a disable, which goes ahead of them, that of enables, too.
         """
         kind = ticket.order.kind
         if kind in (Kind.ESTOP, Kind.RESET_ESTOP):
@@ -108,6 +123,8 @@ class Orders(Generic[W]):
             gives_way = SETPOINTS | {Kind.ENABLE} if kind == Kind.DISABLE else SETPOINTS
             for older in [t for t in self._waiting if t.motor == ticket.motor and t.order.kind in gives_way]:
                 self._drop(older, "newer_command", "overtaken before the bus got to it")
+            for job in [job for job in self._told(ticket.motor) if job.rests and job.ticket.order.kind in gives_way]:
+                self._break_off(job, "newer_command", f"overtaken before it was said again: {job.refusal}")
         if kind in ENDS_MOTION:
             self._overrule(ticket.motor)
         waiting = [t for t in self._waiting if t.motor == ticket.motor]
@@ -199,7 +216,9 @@ class Orders(Generic[W]):
             self._stop(tracked, "found running at a velocity or torque that nobody renews")
 
     def went_offline(self, tracked: Tracked) -> None:
-        """A motor is gone: an emergency stop does not wait for it."""
+        """A motor is gone: an emergency stop does not wait for it, nor does what would be said again."""
+        for job in [job for job in self._told(tracked.motor.index) if job.rests]:
+            self._break_off(job, "no_reply", job.refusal)
         self._has_stopped(tracked.motor.index)
 
     def give_up(self, reason: str) -> None:
@@ -219,7 +238,8 @@ class Orders(Generic[W]):
     def _next(self) -> _Told | _Firing | None:
         """What ends a motion goes first, then what is under way; then what waits, and whose motor is free."""
         busy = {job.tracked.motor.index for job in self._jobs if isinstance(job, _Told)}
-        ready = [job for job in self._jobs if not job.waits and (isinstance(job, _Firing) or job.ready is None)]
+        jobs = [job for job in self._jobs if not job.waits]
+        ready = [job for job in jobs if isinstance(job, _Firing) or (job.ready is None and not job.rests)]
         ending = [job for job in ready if isinstance(job, _Told) and job.ticket.order.kind in ENDS_MOTION]
         free = [ticket for ticket in self._waiting if ticket.motor not in busy and self._is_complete(ticket, busy)]
         free.sort(key=lambda ticket: ticket.order.kind not in ENDS_MOTION)
@@ -254,9 +274,10 @@ class Orders(Generic[W]):
         ticket, tracked = job.ticket, job.tracked
         if not job.begun:  # or to be said again
             if (over_ns := monotonic_ns() - ticket.expires_ns) > 0:
-                reason = "stale" if job.tries == 1 else "no_reply"
-                self._jobs.remove(job)
-                self._drop(ticket, reason, f"was due {over_ns / MS:.1f} ms before the bus got to it, try {job.tries}")
+                if job.refusal:
+                    self._break_off(job, "no_reply", job.refusal)
+                else:
+                    self._break_off(job, "stale", f"was due {over_ns / MS:.1f} ms before the bus got to it")
                 return
             job.begun = True
             if ticket.order.kind in DRIVES and not ticket.group:
@@ -264,22 +285,25 @@ class Orders(Generic[W]):
         try:
             ended, result = self._turns.step(job, until)
         except MotorRefused as refusal:
-            self._jobs.remove(job)
-            again = refusal.reason == "no_reply" and job.tries < ORDER_TRIES and monotonic_ns() < ticket.expires_ns
-            if again:
+            if self._may_say_again(job, refusal):
                 alone = job.fired or not ticket.group  # the others of its group have begun
-                procedure = self._procedure(ticket, alone=alone)
-                self._jobs.append(_Told(tracked, procedure, ticket=ticket, tries=job.tries + 1, fired=job.fired))
-            elif job.fired:
-                self._fail(ticket, refusal.reason, refusal.detail)
+                again = _Told(tracked, self._procedure(ticket, alone=alone), ticket=ticket, fired=job.fired)
+                again.tries, again.refusal, again.refused_ns = job.tries + 1, refusal.detail, monotonic_ns()
+                self._jobs.remove(job)
+                self._jobs.append(again)
             else:
-                self._drop(ticket, refusal.reason, refusal.detail)
+                self._break_off(job, refusal.reason, refusal.detail)
             return
         if ended and ticket.group and not job.fired:
             job.ready = result
         elif ended:
             self._jobs.remove(job)
             self._done(job, result)
+
+    def _may_say_again(self, job: _Told, refusal: MotorRefused) -> bool:
+        if refusal.reason != "no_reply" or not job.tracked.online or monotonic_ns() > job.ticket.expires_ns:
+            return False
+        return job.tries < ORDER_TRIES or job.ticket.order.kind in ENDS_MOTION
 
     def _done(self, job: _Told, detail: str) -> None:
         ticket, kind = job.ticket, job.ticket.order.kind
@@ -312,9 +336,13 @@ class Orders(Generic[W]):
 
     def _overrule(self, motor: int) -> None:
         """Break off what this motor is being told: it is to stop."""
-        for job in list(self._jobs):
-            if isinstance(job, _Told) and job.ticket.motor == motor and job.ticket.order.kind not in ENDS_MOTION:
+        for job in self._told(motor):
+            if job.ticket.order.kind not in ENDS_MOTION:
                 self._break_off(job, "newer_command", "overtaken on its way; its effect is unknown")
+
+    def _told(self, motor: int) -> list[_Told]:
+        """What a motor is being told."""
+        return [job for job in self._jobs if isinstance(job, _Told) and job.ticket.motor == motor]
 
     def _break_off(self, job: _Told, reason: str, detail: str) -> None:
         if job not in self._jobs:

@@ -8,6 +8,7 @@ import asyncio
 import inspect
 import os
 import secrets
+import signal
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from hil.kafka import Broker
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says nothing on a busy machine
 settings.load_profile("untimed")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 
 
 @dataclass(frozen=True, slots=True)

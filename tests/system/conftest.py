@@ -31,7 +31,7 @@ class MakeArm(Protocol):
 def make_arm(request: pytest.FixtureRequest, tmp_path: Path, arm_name: str) -> Iterator[MakeArm]:
     """Arms of this test, the first with the name ``arm_name``; killed at its end, when no process may be left."""
     made: list[Arm] = []
-    calm = not request.node.get_closest_marker("alone")
+    calm = not request.node.get_closest_marker("at_full_rate")
 
     def make(
         bootstrap: str | None = None,

@@ -23,7 +23,7 @@ from hil.logs import Damage, JournalFile
 from tests.gateway_parts import DEADLINE_S, wait_for
 from tests.system.conftest import MakeArm
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.at_full_rate
 
 CYCLES = 600
 """More than the socket of a recorder that is stopped takes datagrams."""

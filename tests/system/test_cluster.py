@@ -10,7 +10,7 @@ from hil.cluster import Cluster
 from hil.kafka import RigError
 from hil.logs import read
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.at_full_rate
 
 WITHIN_S = 30
 

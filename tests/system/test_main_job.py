@@ -23,7 +23,7 @@ from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
 from tests.system.rig import events, pass_time, wait_event
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.at_full_rate
 
 RATE_KEPT = 0.8  # of the undisturbed rate of the same run
 STS = ("joint4", "joint5", "joint6")

@@ -12,7 +12,7 @@ from tests.conftest import Kafka
 from tests.system.conftest import MakeArm
 from tests.system.rig import create_topic, events, pass_time, see
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.at_full_rate
 
 STOPS_WITHIN_S = 5.0  # the requirement
 

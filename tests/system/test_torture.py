@@ -18,7 +18,7 @@ from tests.system.journal_file import write_journal
 from tests.system.rig import create_topic, send
 from tests.system.test_judge import STREAM, message
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.at_full_rate
 
 SECONDS = 6
 

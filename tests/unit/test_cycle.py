@@ -280,6 +280,7 @@ class PlainMotors(Responder[bytes]):
     def __init__(self, motors: Sequence[SimulatedMotor]) -> None:
         super().__init__(motors)
         self.asked: Counter[int] = Counter()
+        self.deaf = False  # to orders
         self.unasked: list[tuple[SimulatedMotor, bytes]] = []
 
     def tick(self, now: MonotonicNs) -> list[tuple[SimulatedMotor, bytes]]:
@@ -291,7 +292,8 @@ class PlainMotors(Responder[bytes]):
 
     def respond(self, unit: bytes) -> list[tuple[SimulatedMotor, bytes]]:
         self.asked.update(byte & 0xC0 for byte in unit if byte & 0x3F in self.motors)
-        return [(self.motors[byte & 0x3F], bytes([byte])) for byte in unit if byte & 0x3F in self.motors]
+        heard = [byte for byte in unit if byte & 0x3F in self.motors and not (self.deaf and byte & 0xC0 == ORDER)]
+        return [(self.motors[byte & 0x3F], bytes([byte])) for byte in heard]
 
 
 def make_plain_rig(
@@ -641,22 +643,94 @@ def test_order_to_a_motor_that_keeps_silent_fails_and_the_next_is_carried_out(cl
     rig.motor(0).faults.silent = True
     silent, heard = rig.submit(Kind.STOP, 0), rig.submit(Kind.STOP, 1)
     rig.run(100)
-    assert rig.reason(silent) == "no_reply"
     assert isinstance(rig.end_of(heard), OrderDone)
+    rig.run(300)
+    assert rig.of(MotorOffline)
+    assert rig.reason(silent) == "no_reply"
 
 
-def test_order_that_nobody_acknowledged_is_said_again(clock: Clock) -> None:
-    rig, _ = make_plain_rig(clock)
+def begin_unheard(rig: Rig, kind: Kind, value: float = nan, **more: Any) -> int:
+    """Submit an order to a motor that has just fallen silent, and let it be said."""
     rig.connect()
     rig.motor(1).faults.silent = True
-    ticket = rig.submit(Kind.STOP, 1)
+    ticket = rig.submit(kind, 1, value, **more)
     while not plain(rig).orders:
         rig.period()
     assert rig.end_of(ticket) is None
+    return ticket
+
+
+def told(rig: Rig) -> list[tuple[Kind, float]]:
+    return [(order.kind, order.value) for order in plain(rig).orders]
+
+
+@pytest.mark.parametrize("silent_ms", [0, 20, 200])
+def test_order_that_nobody_acknowledged_is_said_again_when_its_motor_is_heard(clock: Clock, silent_ms: float) -> None:
+    rig, _ = make_plain_rig(clock)
+    ticket = begin_unheard(rig, Kind.POSITION, 0.5)
+    rig.run(silent_ms)
     rig.motor(1).faults.silent = False
-    rig.run(30)
+    rig.run(100)
     assert isinstance(rig.end_of(ticket), OrderDone)
-    assert [order.kind for order in plain(rig).orders] == [Kind.STOP, Kind.STOP]
+    assert told(rig) == [(Kind.POSITION, 0.5)] * 2
+    assert rig.of(MotorOffline) == []
+
+
+def test_order_that_a_motor_never_acknowledges_is_said_so_often_and_no_more(clock: Clock) -> None:
+    rig, (motors,) = make_plain_rig(clock)
+    rig.connect()
+    motors.deaf = True
+    ticket = rig.submit(Kind.POSITION, 1, 0.5)
+    rig.run(500)
+    assert rig.reason(ticket) == "no_reply"
+    assert told(rig) == [(Kind.POSITION, 0.5)] * ORDER_TRIES
+
+
+def test_stop_is_said_again_at_once_and_then_whenever_its_motor_is_heard(clock: Clock) -> None:
+    rig, (motors,) = make_plain_rig(clock)
+    rig.connect()
+    motors.deaf = rig.motor(1).faults.silent = True
+    ticket = rig.submit(Kind.STOP, 1, expires_in_ms=500)
+    rig.run(200)
+    assert len(told(rig)) == ORDER_TRIES
+    rig.motor(1).faults.silent = False
+    rig.run(200)
+    assert len(told(rig)) >= 4 * ORDER_TRIES
+    assert rig.end_of(ticket) is None
+    rig.run(200)
+    assert rig.reason(ticket) == "no_reply"
+
+
+@pytest.mark.parametrize("kind", [Kind.POSITION, Kind.STOP])
+def test_order_that_was_not_acknowledged_ends_when_its_motor_is_offline(clock: Clock, kind: Kind) -> None:
+    rig, _ = make_plain_rig(clock)
+    ticket = begin_unheard(rig, kind, 0.5, expires_in_ms=5000)
+    while not rig.of(MotorOffline):
+        assert rig.end_of(ticket) is None
+        rig.period()
+    assert rig.reason(ticket) == "no_reply"
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_newer_setpoint_takes_the_place_of_one_that_is_to_be_said_again(clock: Clock, grouped: bool) -> None:
+    rig, _ = make_plain_rig(clock)
+    if grouped:  # its motor cannot be prepared
+        rig.connect()
+        rig.motor(1).faults.silent = True
+        older, other = rig.submit_group({1: 0.1, 2: 0.2})
+        rig.run(20)
+        assert plain(rig).fired == []
+    else:
+        older, other = begin_unheard(rig, Kind.POSITION, 0.1), rig.submit(Kind.POSITION, 2, 0.2)
+    rig.run(20)
+    newer = rig.submit(Kind.POSITION, 1, 0.3)
+    assert rig.reason(older) == "newer_command"
+    rig.motor(1).faults.silent = False
+    rig.run(100)
+    assert isinstance(rig.end_of(newer), OrderDone)
+    assert isinstance(rig.end_of(other), OrderFailed if grouped else OrderDone)
+    assert told(rig).count((Kind.POSITION, 0.1)) == (0 if grouped else 1)
+    assert told(rig)[-1] == (Kind.POSITION, 0.3)
 
 
 def test_order_is_not_said_again_when_it_has_expired(clock: Clock) -> None:
@@ -965,13 +1039,13 @@ def test_stop_that_is_not_acknowledged_is_repeated_and_told_once(clock: Clock) -
 
 
 def test_velocity_that_was_not_acknowledged_is_stopped_all_the_same(clock: Clock) -> None:
-    rig, _ = make_plain_rig(clock)
+    rig, (motors,) = make_plain_rig(clock)
     rig.connect()
-    rig.motor(1).faults.silent = True
+    motors.deaf = True
     ticket = rig.submit(Kind.VELOCITY, 1, 0.5)
     rig.run(100)
     assert rig.reason(ticket) == "no_reply"
-    rig.motor(1).faults.silent = False
+    motors.deaf = False
     rig.run(2000)
     assert [order.kind for order in plain(rig).orders] == [*[Kind.VELOCITY] * ORDER_TRIES, Kind.STOP]
 
