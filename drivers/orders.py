@@ -28,7 +28,8 @@ ALL: Final = -1
 OWN = 0  # the number of the tickets that are given here
 STARVED_CYCLES = 2  # a bus without slack still looks after its orders this often
 ORDERS_PER_MOTOR = 8
-ORDER_TRIES = 3  # of an order that nobody acknowledges: said again it asks for nothing else
+ORDER_TRIES = 10  # of an order that nobody acknowledges: said again it asks for nothing else
+STOPS_AT_ONCE = 3  # tries of what ends a motion that wait for nothing
 FIRE_WAIT_NS = 20 * MS  # nothing else is done for this long, so that a group is fired on time
 LATCHED_KINDS = ENDS_MOTION | {Kind.ESTOP, Kind.RESET_ESTOP}
 
@@ -67,11 +68,11 @@ class _Told(Job):
     def rests(self) -> bool:
         """Whether it is to be said again, but not before its motor is heard.
 
-        Who is away for a moment would miss all tries. What ends a motion waits for nothing, at first.
+        Who is away for a moment would miss several tries. What ends a motion waits for nothing, at first.
         """
         if self.begun or not self.refused_ns or monotonic_ns() > self.ticket.expires_ns:
             return False
-        if self.ticket.order.kind in ENDS_MOTION and self.tries <= ORDER_TRIES:
+        if self.ticket.order.kind in ENDS_MOTION and self.tries <= STOPS_AT_ONCE:
             return False
         return self.tracked.heard_ns <= self.refused_ns
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -31,6 +32,7 @@ STILL_RAD_S = 0.02
 STILL_RAD = 0.01  # an encoder's step and a motor's settling
 TOLERANCE_RAD = 0.02  # the configuration's
 ON_CAN = MOTORS[:3]
+DONE = ("done", None, ANY)
 MOST = 20 << 20  # bytes of a record that this broker takes
 
 
@@ -88,7 +90,7 @@ def run_all(arm: Arm, prefix: str = "run") -> None:
     for motor in MOTORS:
         give(arm, f"{prefix}-{motor}", motor, "velocity", value=SPEED_RAD_S)
     for motor in MOTORS:
-        assert final(arm, f"{prefix}-{motor}")[0] == "done"
+        assert final(arm, f"{prefix}-{motor}") == DONE
     arm.wait_status(lambda status: min(speeds(status).values()) > SPEED_RAD_S / 2, "all motors run")
 
 
@@ -195,9 +197,9 @@ def test_motor_that_gets_too_hot_stops_by_itself_until_its_fault_is_cleared(make
     give(arm, "before", "joint6", "velocity", value=SPEED_RAD_S)
     assert final(arm, "before")[:2] == ("rejected", "motor_latched")
     give(arm, "clear", "joint6", "clear_fault")
-    assert final(arm, "clear")[0] == "done"
+    assert final(arm, "clear") == DONE
     give(arm, "after", "joint6", "velocity", value=SPEED_RAD_S)
-    assert final(arm, "after")[0] == "done", final(arm, "after")
+    assert final(arm, "after") == DONE
     told = [event["type"] for event in kept(arm, "events") if event["type"] in ("motor.latched", "motor.released")]
     assert told == ["motor.latched", "motor.released"]
 
@@ -236,7 +238,7 @@ def test_stream_of_setpoints_is_followed_with_the_newest_and_each_has_one_end(ka
             give(arm, f"{motor}-{step}", motor, "position", value=0.005 * step)
         pass_time(0.01)
     for motor in MOTORS:
-        assert final(arm, f"{motor}-100")[0] == "done"
+        assert final(arm, f"{motor}-100") == DONE
     ends = finals(arm)
     assert len(ends) == 100 * len(MOTORS)
     assert [end for end in ends.values() if end["state"] not in ("done", "superseded")] == []
@@ -273,7 +275,7 @@ def test_motor_without_a_watchdog_does_not_run_on_when_what_commands_it_is_kille
     put_on_links(arm, links)
     arm.start()
     give(arm, "run", "joint4", "velocity", value=SPEED_RAD_S)
-    assert final(arm, "run")[0] == "done"
+    assert final(arm, "run") == DONE
     arm.wait_status(lambda status: speeds(status)["joint4"] > SPEED_RAD_S / 2, "it runs")
     worker = arm.worker_of("serial0", links)
     if killed != "gateway":
@@ -350,8 +352,8 @@ def test_every_bad_record_has_one_end_moves_nothing_and_holds_up_nobody(kafka: K
     for _, raw in ways["local"]:
         local_commands.append(arm.state / "commands.db", raw)
     give(arm, "good too", "joint4", "position", value=0.2)
-    assert final(arm, "good")[0] == "done"
-    assert final(arm, "good too")[0] == "done"
+    assert final(arm, "good") == DONE
+    assert final(arm, "good too") == DONE
     ends = finals(arm)
     unreadable = [event["source"] for event in kept(arm, "events") if event["type"] == "command.unreadable"]
     for source, bad in ways.items():

@@ -22,7 +22,7 @@ from drivers.errors import BusError, MotorRefused
 from drivers.family import Exchange, Family, Overheard, Procedure, Ready
 from drivers.motor import DRIVES, Feedback, Kind, Motor, MotorInfo, Order, Status
 from drivers.notices import AnyNotice, MotorLate, MotorOffline, MotorOnline, MotorStopped, OrderDone, OrderFailed
-from drivers.orders import ORDER_TRIES, ORDERS_PER_MOTOR
+from drivers.orders import ORDER_TRIES, ORDERS_PER_MOTOR, STOPS_AT_ONCE
 from drivers.sim.build import SimulationSettings, build_bus
 from drivers.sim.bus import SimulatedBus
 from drivers.sim.responder import Responder, SimulatedMotor
@@ -692,10 +692,10 @@ def test_stop_is_said_again_at_once_and_then_whenever_its_motor_is_heard(clock: 
     motors.deaf = rig.motor(1).faults.silent = True
     ticket = rig.submit(Kind.STOP, 1, expires_in_ms=500)
     rig.run(200)
-    assert len(told(rig)) == ORDER_TRIES
+    assert len(told(rig)) == STOPS_AT_ONCE
     rig.motor(1).faults.silent = False
     rig.run(200)
-    assert len(told(rig)) >= 4 * ORDER_TRIES
+    assert len(told(rig)) > ORDER_TRIES
     assert rig.end_of(ticket) is None
     rig.run(200)
     assert rig.reason(ticket) == "no_reply"
@@ -1043,7 +1043,7 @@ def test_velocity_that_was_not_acknowledged_is_stopped_all_the_same(clock: Clock
     rig.connect()
     motors.deaf = True
     ticket = rig.submit(Kind.VELOCITY, 1, 0.5)
-    rig.run(100)
+    rig.run(300)
     assert rig.reason(ticket) == "no_reply"
     motors.deaf = False
     rig.run(2000)
