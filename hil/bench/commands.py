@@ -45,6 +45,7 @@ from gateway.events import ARM
 from gateway.kafka import running
 from gateway.state_dir import StateDir, StateDirError
 from hil.bench import processes
+from hil.bench.processes import Scheduled
 from hil.bench.report import show, spread
 from hil.kafka import Broker, RigError
 
@@ -166,17 +167,19 @@ async def _measure(servers: str, rate_hz: int, seconds: float) -> dict[str, Any]
     took_ms: list[float] = []
     lost = 0
     async with _running(servers, rate_hz) as arm:
-        end = after(monotonic_ns(), int(seconds * SECOND))
+        began = monotonic_ns()
+        end, before = after(began, int(seconds * SECOND)), Scheduled.of(arm.pid)
         number = 0
         while left_s(end):
             number += 1
             motor = number % 6
             side = 1 if number // 6 % 2 else -1  # no goal is the one before
-            began = await arm.command(f"joint{motor + 1}", Kind.POSITION, side * (0.1 + random.random()))
-            found = await arm.taken(began, [motor])
+            given = await arm.command(f"joint{motor + 1}", Kind.POSITION, side * (0.1 + random.random()))
+            found = await arm.taken(given, [motor])
             lost += not found
             took_ms += found.values()
             await asyncio.sleep(PAUSE_S * random.random())
+        scheduled, took_ns = Scheduled.of(arm.pid) - before, monotonic_ns() - began
         peer_ms = arm.peer_ms()
         apart_us = []
         end = after(monotonic_ns(), int(seconds * SECOND))
@@ -193,6 +196,9 @@ async def _measure(servers: str, rate_hz: int, seconds: float) -> dict[str, Any]
         "commands": number,
         "lost": lost,
         "apart_us": spread(apart_us),
+        "gateway_runs": scheduled.ran_ns / took_ns,
+        "gateway_waits": scheduled.waited_ns / took_ns,
+        "gateway_waits_us": scheduled.waited_ns / scheduled.times / 1000,
     }
 
 
@@ -372,6 +378,16 @@ def _tell(
         ("way, telemetry", *percentiles),
         [(kind, *(run["apart_us"].get(p) for p in percentiles)) for kind, run in found.items()],
         f"{GROUPS} commands each. On a wire with its true speed the frames themselves take time, too.",
+    )
+    show(
+        console,
+        "commands: the gateway's own process meanwhile, and what it waited for a processor",
+        ("way, telemetry", "runs, % of a core", "waits, % of the time", "each time, us"),
+        [
+            (kind, 100 * run["gateway_runs"], 100 * run["gateway_waits"], run["gateway_waits_us"])
+            for kind, run in found.items()
+        ],
+        "All its threads together; broker, motors and this bench run on the same processors.",
     )
     told = {kind: spread(ms, (50, 90)) for kind, ms in stops.items()}
     show(

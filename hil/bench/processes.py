@@ -3,8 +3,27 @@
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 _TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+class Scheduled(NamedTuple):
+    """What the kernel's scheduler says of a process, all its threads that live, since they began."""
+
+    ran_ns: int
+    waited_ns: int  # ready to run, and none of the processors free
+    times: int  # that it was put on one
+
+    @classmethod
+    def of(cls, pid: int) -> "Scheduled":
+        """From /proc/PID/task/TID/schedstat."""
+        tasks = [(task / "schedstat").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
+        return cls(*(sum(map(int, column)) for column in zip(*tasks, strict=True)))
+
+    def __sub__(self, before: "Scheduled") -> "Scheduled":
+        """What came in between."""
+        return Scheduled(*(now - then for now, then in zip(self, before, strict=True)))
 
 
 def cpu_s(pid: int) -> float:
