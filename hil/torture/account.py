@@ -4,8 +4,8 @@ offered    every number that was given: the highest that any log or event names,
            before they got one
 lost       not in the topic, and no event names it
 told       not in the topic, but named by an event ``telemetry.gap``
-stall      the longest hole between samples of a motor while the gateway lived and did not tell that the motor was away,
-           steps of the clock subtracted
+stall      the longest hole between a sample of a motor and that with the next number, while the gateway lived and did
+           not tell that the motor was away; steps of the clock subtracted
 """
 
 import asyncio
@@ -41,6 +41,7 @@ class Account:
     disordered: int = 0
     streams: int = 0
     stall_ms: float = 0.0
+    stall_at: str = ""
     commands: int = 0
     unanswered: int = 0
     events: dict[str, int] = field(default_factory=dict)
@@ -176,16 +177,19 @@ class _Settling:
         """Only within a stream: a new one begins with a new run."""
         steps = [(event["at_ns"], event["step_ns"]) for event in events if event["type"] == "clock.stepped"]
         starts = [event["at_ns"] for event in events if event["type"] == "gateway.started"]
-        for (_, motor), (_, times) in topic.records().items():
+        for (stream, motor), (seqs, times) in topic.records().items():
             away = [event["at_ns"] for event in events if event["type"] in AWAY and event["motor"] == motor]
-            holes = np.flatnonzero(np.diff(times) > HOLE_NS)
+            holes = np.flatnonzero((np.diff(times) > HOLE_NS) & (np.diff(seqs) == 1))  # what is lost was polled
             for at in holes.tolist():
                 begin, end = int(times[at]), int(times[at + 1])
                 if _any_in([*starts, *away], begin - NEAR_NS, end + NEAR_NS):
                     continue
                 # it may be less than the step: event time was ahead of a clock that had stepped back
                 stepped = sum(step for when, step in steps if step > 0 and begin <= when <= end + STEP_TOLD_NS)
-                self._found.stall_ms = max(self._found.stall_ms, (end - begin - stepped) / MS)
+                stall_ms = (end - begin - stepped) / MS
+                if stall_ms > self._found.stall_ms:
+                    self._found.stall_ms = stall_ms
+                    self._found.stall_at = f"{motor}, behind seq {seqs[at]} of stream {stream}, {begin}"
 
 
 async def _values(bootstrap: str, topic: str) -> list[dict[str, Any]]:

@@ -162,7 +162,7 @@ def _run(
     result.seconds = round((monotonic_ns() - began) / SECOND, 1)
     result.wrong += result.account.wrong
     if result.account.stall_ms > STALL_MOST_MS:
-        result.wrong.append(f"polling stood still for {result.account.stall_ms:.0f} ms")
+        result.wrong.append(f"polling stood still for {result.account.stall_ms:.0f} ms: {result.account.stall_at}")
     result.wrong += [f"{one.fault} {one.what}: no recovery" for one in result.caused if one.recover_s is None]
     return result
 
