@@ -430,7 +430,7 @@ class Orders(Generic[W]):
 
     def _stop_alone(self, motor: int) -> bool:
         """Queue a stop of our own; False if there is one."""
-        under_way: list[Ticket] = [job.ticket for job in self._jobs if isinstance(job, _Told)]
+        under_way: list[Ticket] = [job.ticket for job in self._told(motor)]
         if any(t.number == OWN and t.motor == motor for t in (*self._waiting, *under_way)):
             return False
         expires_ns = after(monotonic_ns(), self._turns.timing.setpoint_ns)
